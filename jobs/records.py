@@ -1,0 +1,230 @@
+"""What a run writes: its records, its file names, and the one way to print bytes.
+
+Every record is one JSON object: a file of its own (written whole, then renamed) or a line of a
+`.jsonl` file (flushed as it is written, so that it survives SIGKILL). Bytes are whole numbers; text
+for people says GiB, through `gib`.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+JOB_FILE = "job.json"
+MANIFEST_FILE = "manifest.json"
+LOG_FILE = "run.log"
+STEPS_FILE = "steps.jsonl"
+HBM_FILE = "hbm.jsonl"
+FAILURE_FILE = "failure.json"
+PLAN_FILE = "plan.json"
+DIAGNOSIS_FILE = "diagnosis.json"
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes as text for people, in GiB with two digits.
+
+    >>> gib(33017561088)
+    '30.75 GiB'
+    """
+    return f"{size_bytes / 2**30:.2f} GiB"
+
+
+class Record(BaseModel):
+    """A frozen record that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StepRecord(Record):
+    """One step of training, a line of steps.jsonl. Times are seconds of wall clock.
+
+    Attributes:
+        step: counted from 0.
+        loss: the step's mean loss over its updates.
+        entropy: mean of -logprob over completion tokens: an estimate of the policy's entropy, nats.
+        reward_mean: mean weighted reward over all completions.
+        reward_std: population standard deviation of the same.
+        rewards: mean of each reward function, unweighted, by name.
+        pass_at_1: share of prompts whose first completion is correct.
+        pass_at_k: share of prompts with at least one correct completion of the group.
+        mean_at_k: share of all completions that are correct.
+        completion_tokens_mean: mean completion length, tokens, EOS counted.
+        completion_tokens_max: the longest completion, tokens.
+        prompt_tokens_mean: mean prompt length, tokens.
+        truncated_fraction: share of completions that ended by the length limit, not by EOS.
+        clipped_fraction: share of completion tokens whose ratio the objective clipped.
+        grad_norm: global norm of the gradient before clipping, mean over the updates.
+        learning_rate: of the step's last update.
+        kl: mean k3 estimate of KL(policy || reference), nats a token; None when beta is 0.
+        tokens_per_s: completion tokens over the whole step's seconds.
+        seconds: of each phase by name: rollout, reward, update, hand_over, other.
+        dt_s: the whole step.
+        host_rss_bytes: resident set of the trainer's process at the end of the step.
+        hbm_peak_bytes: the highest device's peak so far; None where the platform does not tell.
+    """
+
+    step: int
+    loss: float
+    entropy: float
+    reward_mean: float
+    reward_std: float
+    rewards: dict[str, float]
+    pass_at_1: float
+    pass_at_k: float
+    mean_at_k: float
+    completion_tokens_mean: float
+    completion_tokens_max: int
+    prompt_tokens_mean: float
+    truncated_fraction: float
+    clipped_fraction: float
+    grad_norm: float
+    learning_rate: float
+    kl: float | None
+    tokens_per_s: float
+    seconds: dict[str, float]
+    dt_s: float
+    host_rss_bytes: int
+    hbm_peak_bytes: int | None
+
+
+class EvalRecord(Record):
+    """One evaluation, a line of steps.jsonl beside the steps.
+
+    Attributes:
+        eval_step: steps of training done before it.
+        prompts: rows asked.
+        group_size: completions a row.
+        pass_at_1: mean share of correct completions (unbiased at any group size).
+        pass_at_k: share of rows with at least one correct completion.
+        reward_mean: mean weighted reward.
+        dt_s: seconds.
+    """
+
+    eval_step: int
+    prompts: int
+    group_size: int
+    pass_at_1: float
+    pass_at_k: float
+    reward_mean: float
+    dt_s: float
+
+
+class HbmSample(Record):
+    """HBM of every local device at a named point of the loop, a line of hbm.jsonl.
+
+    Attributes:
+        step: the step under way; -1 before the first.
+        phase: load, rollout, hand_over or update.
+        in_use_bytes, peak_bytes, limit_bytes: one number a device, in `jax.local_devices()` order.
+    """
+
+    step: int
+    phase: str
+    in_use_bytes: list[int]
+    peak_bytes: list[int]
+    limit_bytes: list[int]
+
+
+class Failure(Record):
+    """Why the trainer stopped, failure.json, written before the exception goes on.
+
+    Attributes:
+        kind: the exception's class name.
+        message: its text.
+        phase: what the trainer was doing.
+        step: the step under way; -1 before the first.
+        traceback: as Python prints it.
+    """
+
+    kind: str
+    message: str
+    phase: str
+    step: int
+    traceback: str
+
+
+class ExitStatus(Record):
+    """How the trainer's process ended.
+
+    Attributes:
+        code: what the operating system or the container said, 0 to 255; 128 + N for signal N.
+        signal: name of the signal that ended it, "SIGKILL", else None.
+        oom_killed: the kernel's OOM killer ended it (told by the container engine).
+        reason: done: code 0; refused: bad job or unfit host; failed: any other code; interrupted:
+            somebody asked it to stop; oom_killed: host memory; lost: nobody saw it end.
+    """
+
+    code: int
+    signal: str | None = None
+    oom_killed: bool = False
+    reason: Literal["done", "refused", "failed", "interrupted", "oom_killed", "lost"]
+
+
+class Manifest(Record):
+    """What ran, where, when and how it ended: manifest.json.
+
+    Attributes:
+        run: the run directory's name.
+        job: the job's name.
+        job_sha256: of job.json as written.
+        verb: what the trainer was asked to do: train, plan, evaluate.
+        state: running until the exit status is known, then finished or lost.
+        where: process or docker.
+        command: argv of the trainer's process, or of the container.
+        commit: of the repository, full; None outside a git checkout.
+        dirty: the checkout had uncommitted changes; None outside one.
+        image: image name and digest, None in a process.
+        container: container id, None in a process.
+        pid: of the trainer's process on this host, None in a container.
+        packages: version by distribution name, of the trainer's environment.
+        host: name, operating system, CPU count, RAM bytes, boot id.
+        created, started, finished: UTC, ISO 8601; None while it has not happened.
+        exit_status: None until the run has ended.
+        log_sha256: of run.log when the run ended.
+    """
+
+    run: str
+    job: str
+    job_sha256: str
+    verb: str
+    state: Literal["created", "running", "finished", "lost"]
+    where: Literal["process", "docker"]
+    command: list[str]
+    commit: str | None
+    dirty: bool | None
+    image: str | None = None
+    container: str | None = None
+    pid: int | None = None
+    packages: dict[str, str]
+    host: dict[str, str | int]
+    created: str
+    started: str | None = None
+    finished: str | None = None
+    exit_status: ExitStatus | None = None
+    log_sha256: str | None = None
+
+
+class Diagnosis(Record):
+    """The named cause of a failed log: diagnosis.json.
+
+    Attributes:
+        cause: a category id of docs/oom.md, "success", or "unknown".
+        confidence: certain: the log says so in words only this cause has; likely: it fits best;
+            none: unknown.
+        explanation: one sentence for a person.
+        root_line: the line of the log that tells, as it stands there without colours.
+        line: its number, from 1; None when no line tells.
+        evidence: further line numbers that support it.
+        numbers: what the log itself says, `requested_bytes`, `free_bytes`, `program`, ...
+        advice: what to change, best first.
+        retry: may the job run again: retryable, not_as_is, after_clean_up, after_refit.
+    """
+
+    cause: str
+    confidence: Literal["certain", "likely", "none"]
+    explanation: str
+    root_line: str | None
+    line: int | None
+    evidence: list[int]
+    numbers: dict[str, int | float | str]
+    advice: list[str]
+    retry: Literal["retryable", "not_as_is", "after_clean_up", "after_refit"]
