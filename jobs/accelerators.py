@@ -151,9 +151,7 @@ def _slice(name: str, generation: str, topology: str, devices: int) -> Accelerat
         hbm_bandwidth=g.gbps * 1e9,
         gcloud_type=g.gcloud.format(n=name.rpartition("-")[2]),
         device_files=g.device_files,
-        topology=Topology(
-            name=topology, chip_config=g.chip_config, chips_per_host_bounds=g.bounds
-        ),
+        topology=Topology(name=topology, chip_config=g.chip_config, chips_per_host_bounds=g.bounds),
     )
 
 

@@ -1,0 +1,146 @@
+"""What is wrong with a job, a line each: where it was written, key, value, limit, way out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from jobs.source import NO_VALUE, Problem, Source
+
+# Stand-ins for required keys that are wrong, so that the rest can still be checked.
+_STAND_INS = {"name": "unnamed", "accelerator": "cpu", "model": "tiny"}
+
+
+class JobError(Exception):
+    """A job that is refused.
+
+    Attributes:
+        problems: all that is wrong, at least one.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(p) for p in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed[M: BaseModel]:
+    """A model that holds what could be read, and what could not."""
+
+    job: M
+    problems: list[Problem]
+
+
+def parse[M: BaseModel](model: type[M], source: Source) -> Parsed[M]:
+    """The model that a tree spells; a wrong value becomes a problem and keeps its default."""
+    try:
+        return Parsed(job=model.model_validate(source.tree), problems=[])
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    problems = [_problem(model, detail) for detail in details]
+    tree = _without(source.tree, [p.key for p in problems])
+    for key, stand_in in _STAND_INS.items():
+        if key in model.model_fields:
+            tree.setdefault(key, stand_in)
+    return Parsed(job=model.model_validate(tree), problems=problems)
+
+
+def _without(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """A copy of the tree that lacks those dotted keys."""
+    heads = {key for key in keys if "." not in key}
+    rest: dict[str, Any] = {k: v for k, v in tree.items() if k not in heads}
+    for key, value in rest.items():
+        if isinstance(value, dict):
+            inner = [k.partition(".")[2] for k in keys if k.startswith(f"{key}.")]
+            rest[key] = _without(value, inner)  # pyright: ignore[reportUnknownArgumentType]
+    return rest
+
+
+def _problem(model: type[BaseModel], detail: ErrorDetails) -> Problem:
+    names = [str(part) for part in detail["loc"] if not isinstance(part, int)]
+    key = ".".join(names)
+    if detail["type"] == "extra_forbidden":
+        return Problem(key, NO_VALUE, _unknown_key(model, names))
+    if detail["type"] == "missing":
+        return Problem(key, NO_VALUE, f"the job has no {key!r}; add it: {_meaning(model, names)}")
+    return Problem(key, detail["input"], _limit(detail, _field_default(model, names)))
+
+
+# What pydantic's error types mean, in words for the person who wrote the value.
+_LIMITS = {
+    "greater_than_equal": "is below {ge}, the least it can be",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "is above {le}, the most it can be",
+    "less_than": "must be below {lt}",
+    "literal_error": "is not one of {expected}",
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_type": "is not a number",
+    "bool_type": "is neither true nor false",
+    "string_type": "is not text (put it in quotes)",
+    "string_too_short": "is empty",
+    "string_pattern_mismatch": "may hold 1 to 64 letters, digits, '.', '_' and '-', and begins "
+    "with a letter or digit",
+    "model_type": "is not a group of keys",
+    "model_attributes_type": "is not a group of keys",
+}
+
+
+def _limit(detail: ErrorDetails, default: str) -> str:
+    text = _LIMITS.get(detail["type"])
+    if text is None:
+        return f"is refused: {detail['msg'].removeprefix('Value error, ')}{default}"
+    limits = {
+        name: f"{limit:g}" if isinstance(limit, float) else limit
+        for name, limit in detail.get("ctx", {}).items()
+    }
+    return text.format(**limits) + _near(detail) + default
+
+
+def _near(detail: ErrorDetails) -> str:
+    words = str(detail.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ")
+    near: list[str] = get_close_matches(str(detail["input"]), words.split(", "), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _unknown_key(model: type[BaseModel], names: list[str]) -> str:
+    *path, last = names
+    part = _part(model, path)
+    known = list(part.model_fields)
+    everywhere = {key.rpartition(".")[2]: key for key in _keys(model)}
+    near = [".".join([*path, k]) for k in get_close_matches(last, known, n=1)]
+    near += [everywhere[k] for k in get_close_matches(last, everywhere, n=1, cutoff=0.8)]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    inside = f" of {'.'.join(path)}" if path else ""
+    return f"unknown key {'.'.join(names)!r}{hint}; known keys{inside}: {', '.join(known)}"
+
+
+def _part(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    for name in path:
+        inner = model.model_fields[name].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return model
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _field_default(model: type[BaseModel], names: list[str]) -> str:
+    field = _part(model, names[:-1]).model_fields.get(names[-1]) if names else None
+    if field is None or field.is_required() or field.default is None:
+        return ""
+    return f" (default: {field.default})"
+
+
+def _meaning(model: type[BaseModel], names: list[str]) -> str:
+    field = _part(model, names[:-1]).model_fields[names[-1]]
+    return (field.description or "").rstrip(".")

@@ -1,0 +1,191 @@
+"""Where a job's values were written (YAML file, --set, the SOP's variables), and what they say."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from jobs import sop
+
+MAX_FILE_BYTES = 2**20
+
+
+class _NoValue:
+    """There is no value to show: the problem is the key itself."""
+
+
+NO_VALUE = _NoValue()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        key: dotted path in the job.
+        value: as found, or NO_VALUE.
+        text: what is wrong with it and what to change; a whole sentence when there is no value.
+        others: further keys whose values take part.
+        origin: the file, flag or variable it was written in.
+    """
+
+    key: str
+    value: Any
+    text: str
+    others: tuple[str, ...] = ()
+    origin: str = ""
+
+    def at(self, source: "Source") -> "Problem":
+        """The same problem, with the place where its key was written."""
+        return self if self.origin else replace(self, origin=source.origin(self.key, *self.others))
+
+    def __str__(self) -> str:
+        """One line: origin, key, value, text."""
+        where = f"{self.origin}: " if self.origin else ""
+        if isinstance(self.value, _NoValue):
+            return f"{where}{self.text}"
+        shown = str(self.value)
+        shown = shown if len(shown) <= 120 else f"{shown[:117]}..."
+        return f"{where}{self.key} = {shown} {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The merged values, where each was written, and what could not be read of them.
+
+    A file that is no job at all (`readable` is false) has one problem, and no values.
+    """
+
+    tree: dict[str, Any]
+    origins: dict[str, str]
+    default_origin: str
+    readable: bool
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def origin(self, *keys: str) -> str:
+        """Where the first of those keys that somebody wrote was written."""
+        return next((self.origins[k] for k in keys if k in self.origins), self.default_origin)
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that reads YAML as people mean it: 1e-6 is a number, a key stands once."""
+
+
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownMemberType]
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise yaml.YAMLError(f"key {key!r} stands twice (line {line}): leave one out")
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def read_sources(
+    path: Path, *, overrides: Sequence[str], environment: Mapping[str, str] | None
+) -> Source:
+    """The job file's values, then the environment's, then the overrides', later ones winning."""
+    tree = parse_file(path)
+    if isinstance(tree, Problem):
+        return Source(
+            tree={}, origins={}, default_origin=str(path), readable=False, problems=[tree]
+        )
+    source = Source(tree=tree, origins={}, default_origin=str(path), readable=True)
+    if environment is not None:
+        _read_environment(environment, source)
+    for override in overrides:
+        _read_override(override, source)
+    return source
+
+
+def parse_file(path: Path) -> dict[str, Any] | Problem:
+    """The YAML mapping of a file, or why there is none."""
+
+    def refuse(text: str) -> Problem:
+        return Problem("", NO_VALUE, text, origin=str(path))
+
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return refuse(f"is larger than {MAX_FILE_BYTES} bytes: not a job file")
+        tree: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    except FileNotFoundError:
+        return refuse("there is no such file; the jobs that come along are in jobs/")
+    except (OSError, UnicodeDecodeError) as error:
+        return refuse(f"cannot be read: {error}")
+    except yaml.YAMLError as error:
+        return refuse(f"is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(tree, dict):
+        return refuse(f"holds {type(tree).__name__}, not keys and values: begin with 'name: ...'")
+    return {str(k): v for k, v in tree.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+def _read_environment(environment: Mapping[str, str], source: Source) -> None:
+    values, refusals = sop.translate(environment)
+    for name, reason in refusals.items():
+        origin = f"environment {name}={environment[name]}"
+        source.problems.append(Problem("", NO_VALUE, reason, origin=origin))
+    for name, keys in values.items():
+        for key, value in keys.items():
+            _put(source, key, value, origin=f"environment {name}={environment[name]}")
+    steps = sop.grad_accum_steps(environment)
+    if isinstance(steps, int):
+        _put_micro_batch_size(source, steps)
+
+
+def _put_micro_batch_size(source: Source, steps: int) -> None:
+    """The SOP counts micro-batches, we count the sequences in one."""
+    origin = f"environment GRAD_ACCUM_STEPS={steps}"
+    rollout: Any = source.tree.get("rollout", {})
+    prompts, group = (rollout.get(k) for k in ("prompts_per_step", "group_size"))
+    if not (isinstance(prompts, int) and isinstance(group, int) and steps > 0):
+        text = (
+            "needs rollout.prompts_per_step and rollout.group_size (BATCH_SIZE, NUM_PRE_Q) set too"
+        )
+    elif (prompts * group) % steps:
+        text = f"does not divide the {prompts * group} sequences of a step (BATCH_SIZE x NUM_PRE_Q)"
+    else:
+        _put(source, "train.micro_batch_size", prompts * group // steps, origin=origin)
+        return
+    source.problems.append(Problem("", NO_VALUE, text, origin=origin))
+
+
+def _read_override(override: str, source: Source) -> None:
+    key, equals, text = override.partition("=")
+    origin = f"--set {override}"
+    if not equals or not all(key.split(".")):
+        problem = "is not of the form key.path=value, as in train.micro_batch_size=2"
+        source.problems.append(Problem("", NO_VALUE, problem, origin=origin))
+        return
+    try:
+        value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        value = text
+    _put(source, key, value, origin=origin)
+
+
+def _put(source: Source, key: str, value: Any, *, origin: str) -> None:
+    *path, last = key.split(".")
+    node = source.tree
+    for name in path:
+        inner = node.setdefault(name, {})
+        if not isinstance(inner, dict):
+            text = f"{name} is a value, not a group of keys"
+            source.problems.append(Problem("", NO_VALUE, text, origin=origin))
+            return
+        node = cast("dict[str, Any]", inner)
+    node[last] = value
+    source.origins[key] = origin
