@@ -52,13 +52,11 @@ find_python() {
     try "$wanted"
     return
   fi
-  local version found
-  for version in python3.12 python3 python; do
-    if found=$(command -v "$version"); then try "$found"; else looked+=("$version on the PATH"); fi
-  done
-  for version in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python3.12; do
-    try "$version"
-  done
+  local found
+  # Every one on the PATH: behind a pyenv shim that fails may stand one that runs.
+  while read -r found; do try "$found"; done < <(type -ap python3.12 python3 python)
+  [ ${#looked[@]} -gt 0 ] || looked+=("python3.12, python3 and python on the PATH (none there)")
+  for found in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.12.*/bin/python3.12; do try "$found"; done
   if [ -z "$python" ] && command -v uv >/dev/null; then
     if found=$(UV_PYTHON_DOWNLOADS=never uv python find --no-project 3.12 2>/dev/null); then
       try "$found"
@@ -92,9 +90,9 @@ find_uv() {
     cp .venv/bin/uv "$scratch/uv-now" && uv=$scratch/uv-now
     return
   fi
-  for interpreter in ${python:+"$python"} python3 /usr/bin/python3; do
-    if command -v "$interpreter" >/dev/null && fetch_uv "$interpreter"; then return; fi
-  done
+  while read -r interpreter; do
+    if fetch_uv "$interpreter"; then return; fi
+  done < <(if [ -n "$python" ]; then echo "$python"; else type -ap python3; fi)
   # Not the lock's version, but it checks the same hashes; .venv/bin/uv is the lock's from then on.
   uv=$(command -v uv || true)
 }
