@@ -77,7 +77,7 @@ fetch_uv() {
     pip=("$scratch/pip/bin/python" -m pip)
   fi
   "${pip[@]}" install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-    --require-hashes --target "$scratch/uv" --requirement "$scratch/uv.txt" >&2 || return 1
+    --require-hashes --target "$scratch/uv" --requirement "$scratch/uv.txt" >&2 </dev/null || return 1
   uv=$scratch/uv/bin/uv
 }
 
