@@ -1,0 +1,369 @@
+"""Where a run's files lie, and how they are written: run directory, manifest, archived log.
+
+    runs/20260119-084640-smoke-15154fc/   job.json manifest.json run.log steps.jsonl ...
+    logs/smoke_15154fc_20260119-084640.log   the same file as run.log, by another name
+    logs/smoke_latest.log                 a link to the newest of them, from its start on
+
+`logs` lies beside the folder of the runs. Whoever holds a run's lock (`create` does, until its
+`with` ends, even by SIGKILL) may finish it; all others may read.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from jobs.records import (
+    DIAGNOSIS_FILE,
+    FAILURE_FILE,
+    HBM_FILE,
+    JOB_FILE,
+    LOG_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    STEPS_FILE,
+    ExitStatus,
+    Manifest,
+)
+from jobs.spec import Job
+from runner.provenance import Checkout, host, short_commit
+from runner.supervise import EXIT_FILE, PROCESS_FILE
+
+STOP_FILE = "stop.json"
+
+_STAMP = "%Y%m%d-%H%M%S"
+_RUN_NAME = re.compile(r"\d{8}-\d{6}-.+")
+
+
+class NoSuchRunError(LookupError):
+    """No run, or more than one, goes by that name; or its manifest cannot be read."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Every path of one run.
+
+    Attributes:
+        path: the run directory, absolute.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: the directory's."""
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        """Where the logs of all runs are archived: beside the folder of the runs."""
+        return self.path.parent.parent / "logs"
+
+    @property
+    def job_file(self) -> Path:
+        """The job as the trainer reads it."""
+        return self.path / JOB_FILE
+
+    @property
+    def manifest_file(self) -> Path:
+        """What ran, where, when and how it ended."""
+        return self.path / MANIFEST_FILE
+
+    @property
+    def log_file(self) -> Path:
+        """All that the trainer printed, and the exit status as its last line."""
+        return self.path / LOG_FILE
+
+    @property
+    def steps_file(self) -> Path:
+        """A record a step."""
+        return self.path / STEPS_FILE
+
+    @property
+    def hbm_file(self) -> Path:
+        """Samples of HBM."""
+        return self.path / HBM_FILE
+
+    @property
+    def failure_file(self) -> Path:
+        """Why the trainer stopped, in its own words."""
+        return self.path / FAILURE_FILE
+
+    @property
+    def plan_file(self) -> Path:
+        """What was predicted."""
+        return self.path / PLAN_FILE
+
+    @property
+    def diagnosis_file(self) -> Path:
+        """The named cause of a failure."""
+        return self.path / DIAGNOSIS_FILE
+
+    @property
+    def process_file(self) -> Path:
+        """Which processes run it (runner/supervise.py writes it)."""
+        return self.path / PROCESS_FILE
+
+    @property
+    def exit_file(self) -> Path:
+        """How the trainer's process ended (runner/supervise.py writes it)."""
+        return self.path / EXIT_FILE
+
+    @property
+    def stop_file(self) -> Path:
+        """That somebody asked the run to stop, and by which signal."""
+        return self.path / STOP_FILE
+
+    def manifest(self) -> Manifest:
+        """The manifest as it stands.
+
+        Raises:
+            NoSuchRunError: there is none, or it is not one.
+        """
+        try:
+            return Manifest.model_validate_json(self.manifest_file.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise NoSuchRunError(f"{self.manifest_file} cannot be read: {reason}") from error
+
+    def write(self, manifest: Manifest) -> Manifest:
+        """Put a manifest in place, whole."""
+        write_whole(self.manifest_file, manifest.model_dump_json(indent=2) + "\n")
+        return manifest
+
+    def update(self, **changes: Any) -> Manifest:
+        """Change fields of the manifest."""
+        changed = {**self.manifest().model_dump(), **changes}
+        return self.write(Manifest.model_validate(changed))
+
+    def read_json(self, path: Path) -> dict[str, Any] | None:
+        """One of the run's small records, None where it is not there or is not whole."""
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        """Leave word that the job is to stop, so that whoever finishes the run knows why it did."""
+        if not self.stop_file.exists():
+            write_whole(self.stop_file, json.dumps({"signal": signal_name, "asked": now()}) + "\n")
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[bool]:
+        """Hold the run's lock if nobody does: true, then only we may finish it."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(handle)
+
+    def finish(self, status: ExitStatus) -> Manifest:
+        """Write the last line of the log, archive it, and close the manifest.
+
+        Only for who holds the run's lock. What an earlier, killed finisher did is not done twice.
+        """
+        manifest = self.manifest()
+        if manifest.exit_status is not None:
+            return manifest
+        _end_log(self.log_file, status)
+        _archive_log(self, archived_log(self, manifest))
+        return self.update(
+            state="lost" if status.reason == "lost" else "finished",
+            finished=now(),
+            exit_status=status.model_dump(),
+            log_sha256=_sha256(self.log_file),
+        )
+
+
+@contextlib.contextmanager
+def create(
+    job: Job, *, verb: str, where: Literal["process", "docker"], runs: Path, code: Checkout
+) -> Generator[RunDir]:
+    """A new run directory with job.json, an empty log and a manifest; ours until the `with` ends.
+
+    Args:
+        job: what was asked.
+        verb: what the trainer shall do: train, evaluate, plan.
+        where: process or docker.
+        runs: the folder of all runs; made where it is missing.
+        code: the repository's state.
+    """
+    created = datetime.now(UTC)
+    run = _make_directory(
+        runs.absolute(), f"{created.strftime(_STAMP)}-{job.name}-{short_commit(code.commit)}"
+    )
+    with run.held():
+        write_whole(run.job_file, job.to_json())
+        run.log_file.touch()
+        manifest = Manifest(
+            run=run.name,
+            job=job.name,
+            job_sha256=job.digest,
+            verb=verb,
+            state="created",
+            where=where,
+            command=[],
+            commit=code.commit,
+            dirty=code.dirty,
+            packages={},
+            host=host(),
+            created=created.isoformat(),
+        )
+        run.write(manifest)
+        _publish_log(run, manifest)
+        yield run
+
+
+def _make_directory(runs: Path, name: str) -> RunDir:
+    runs.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return RunDir(path)
+
+
+def find(runs: Path, name: str) -> RunDir:
+    """The run that goes by a name, the beginning of one, a path, or "latest".
+
+    Raises:
+        NoSuchRunError: none or several do; the message lists what is there.
+    """
+    every = all_runs(runs)
+    if name == "latest" and every:
+        return every[0]
+    exact = runs.absolute() / name
+    # A name is looked up in the folder, so that ".." or "" never means a run by accident.
+    if _RUN_NAME.fullmatch(name) and (exact / MANIFEST_FILE).is_file():
+        return RunDir(exact)
+    if "/" in name and (Path(name) / MANIFEST_FILE).is_file():
+        return RunDir(Path(name).resolve())
+    fitting = [run for run in every if name and run.name.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(run.name for run in fitting[:5])
+        raise NoSuchRunError(
+            f"{name!r} begins {len(fitting)} runs ({names}...): write more of the name"
+        )
+    newest = ", ".join(run.name for run in every[:5])
+    known = f"the newest are {newest}" if every else "there are none yet: headroom run jobs/..."
+    raise NoSuchRunError(f"no run {name!r} in {runs}; {known}")
+
+
+def all_runs(runs: Path) -> list[RunDir]:
+    """All runs in a folder, newest first."""
+    if not runs.is_dir():
+        return []
+    found = [
+        RunDir(path.absolute())
+        for path in runs.iterdir()
+        if _RUN_NAME.fullmatch(path.name) and (path / MANIFEST_FILE).is_file()
+    ]
+    # Runs of one second share a stamp: the directory's own birth cannot be read everywhere, its
+    # job.json is written once.
+    return sorted(found, key=lambda r: (r.name[:15], _written_ns(r.job_file)), reverse=True)
+
+
+def _written_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def archived_log(run: RunDir, manifest: Manifest) -> Path:
+    """logs/<job>_<commit>_<UTC stamp>.log, with the run's number where a second has several."""
+    short = short_commit(manifest.commit)
+    stamp = run.name[:15]
+    number = run.name.removeprefix(f"{stamp}-{manifest.job}-{short}")
+    return run.logs / f"{manifest.job}_{short}_{stamp}{number}.log"
+
+
+def latest_log(run: RunDir, manifest: Manifest) -> Path:
+    """logs/<job>_latest.log."""
+    return run.logs / f"{manifest.job}_latest.log"
+
+
+def _publish_log(run: RunDir, manifest: Manifest) -> None:
+    """Show the growing log in logs/ at once: a killed runner must not keep it from there."""
+    run.logs.mkdir(exist_ok=True)
+    archived = archived_log(run, manifest)
+    try:
+        archived.hardlink_to(run.log_file)
+    except OSError:  # a file system without hard links; `finish` copies instead
+        _replace_link(archived, Path(os.path.relpath(run.log_file, run.logs)))
+    _replace_link(latest_log(run, manifest), Path(archived.name))
+
+
+def _archive_log(run: RunDir, archived: Path) -> None:
+    if archived.exists() and not archived.is_symlink() and archived.samefile(run.log_file):
+        return
+    run.logs.mkdir(exist_ok=True)
+    beside = archived.with_name(f".{archived.name}.{os.getpid()}")
+    shutil.copyfile(run.log_file, beside)
+    beside.replace(archived)
+
+
+def _replace_link(link: Path, target: Path) -> None:
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.replace(link)
+
+
+def _end_log(log: Path, status: ExitStatus) -> None:
+    line = b"exit_status=%s\n" % (b"lost" if status.reason == "lost" else b"%d" % status.code)
+    with log.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(line) - 1))
+        tail = file.read()
+        if tail in (line, b"\n" + line):
+            return
+        file.seek(0, os.SEEK_END)
+        file.write(line if not tail or tail.endswith(b"\n") else b"\n" + line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or all of the new one, even after a crash."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat()

@@ -1,0 +1,276 @@
+"""The command `headroom`: each subcommand parses, calls one function, and prints.
+
+stdout is the result, stderr the progress; `--json` is for programs.
+"""
+
+# ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jobs.records import Diagnosis, Manifest
+    from jobs.spec import Job
+    from runner.archive import RunDir
+
+_runs = click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder of runs; logs/ lies beside it.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_run_name = click.argument("name", metavar="RUN")
+
+
+class Refused(click.ClickException):
+    """One `Error: ...` line for each thing that is wrong, and exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the lines on stderr."""
+        for line in self.message.splitlines():
+            click.echo(f"Error: {line}", file=file, err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="headroom")
+def main() -> None:
+    """Run GRPO jobs, and know every byte of HBM before, during and after.
+
+    \b
+    headroom run jobs/smoke.yaml
+    headroom show latest
+    """
+
+
+@main.command()
+@click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key.")
+@click.option("--from-env", is_flag=True, help="Take the SOP's variables (BATCH_SIZE, ...) too.")
+@click.option(
+    "--where",
+    type=click.Choice(["auto", "process", "docker"]),
+    default="auto",
+    show_default=True,
+    help="auto: Docker when a daemon answers, else a process.",
+)
+@click.option(
+    "--verb", type=click.Choice(["train", "evaluate"]), default="train", show_default=True
+)
+@_runs
+@_json
+def run(  # noqa: PLR0913 - click hands in each option by its name
+    *,
+    job_file: Path,
+    overrides: tuple[str, ...],
+    from_env: bool,
+    where: Literal["auto", "process", "docker"],
+    verb: str,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Run a job to its end; its log streams here and is archived.
+
+    Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
+    130 and 143 interrupted.
+
+    \b
+    headroom run jobs/smoke.yaml --set steps=3 --where process
+    """
+    from runner import archive, launch
+    from runner.provenance import checkout
+
+    job = _load(job_file, overrides, from_env=from_env)
+    try:
+        client, why = launch.place(where, job)
+        _say(f"running in {why}")
+        kind = "process" if client is None else "docker"
+        with archive.create(
+            job, verb=verb, where=kind, runs=runs, code=checkout(launch.CODE)
+        ) as made:
+            _say(f"run directory: {made.path}")
+            out = _raw("stderr" if as_json else "stdout")
+            manifest = launch.launch(made, job, client=client, out=out, say=_say)
+    except (launch.HostNotFit, OSError) as error:
+        raise Refused(str(error)) from error
+    sys.exit(_conclude(made, manifest, as_json=as_json))
+
+
+@main.command()
+@_run_name
+@_runs
+@_json
+def show(*, name: str, runs: Path, as_json: bool) -> None:
+    """Show a run: what ran, its steps, how it ended. RUN: a name or its beginning, or latest.
+
+    \b
+    headroom show latest
+    """
+    from runner import show as shown
+
+    found, manifest = _settled(runs, name)
+    data = shown.as_data(found, manifest)
+    if as_json:
+        _print_json(data)
+    else:
+        shown.print_run(data, _console())
+
+
+@main.command()
+@click.option("-n", "--number", default=10, show_default=True, help="Ended runs to list.")
+@_runs
+@_json
+def status(*, number: int, runs: Path, as_json: bool) -> None:
+    """List what runs now and what ran last, checked against this machine and Docker.
+
+    The archive of a run whose runner was killed is finished here.
+
+    \b
+    headroom status --json
+    """
+    from runner import archive
+    from runner import show as shown
+
+    manifests: list[Manifest] = []
+    for found in archive.all_runs(runs):
+        manifest = _settle(found)
+        ended = sum(m.exit_status is not None for m in manifests)
+        if manifest is not None and (manifest.exit_status is None or ended < number):
+            manifests.append(manifest)
+    if as_json:
+        _print_json([m.model_dump(mode="json") for m in manifests])
+    else:
+        shown.print_list(manifests, _console())
+
+
+@main.command()
+@_run_name
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), help="Only so many of the last lines.")
+@_runs
+def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
+    """Print a run's log, byte for byte.
+
+    \b
+    headroom logs latest -f -n 20
+    """
+    from runner.show import print_log
+
+    found, _ = _settled(runs, name)
+    print_log(
+        found.log_file,
+        _raw("stdout"),
+        lines=lines,
+        ended=(lambda: _is_over(found)) if follow else None,
+    )
+
+
+@main.command()
+@_run_name
+@_runs
+@_json
+def cancel(*, name: str, runs: Path, as_json: bool) -> None:
+    """Stop a run: SIGTERM, SIGKILL after container.stop_grace_s, and the archive is finished.
+
+    \b
+    headroom cancel latest
+    """
+    from runner import show as shown
+    from runner import status as state
+
+    found, before = _settled(runs, name)
+    over = before.exit_status is not None
+    try:
+        manifest = before if over else state.cancel(found)
+    except state.CannotTellError as error:
+        raise Refused(f"{found.name}: {error}") from error
+    if as_json:
+        _print_json(manifest.model_dump(mode="json"))
+    else:
+        words = "had already ended" if over else "has been stopped"
+        click.echo(f"{found.name} {words}: {shown.ending_text(manifest)}")
+
+
+def _load(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
+    from jobs.spec import JobError, load
+    from runner.launch import here
+
+    try:
+        return load(path, overrides=overrides, environment=here() if from_env else None)
+    except JobError as error:
+        raise Refused(str(error)) from error
+
+
+def _settled(runs: Path, name: str) -> "tuple[RunDir, Manifest]":
+    from runner import archive
+
+    try:
+        found = archive.find(runs, name)
+        manifest = _settle(found)
+        return found, manifest or found.manifest()
+    except archive.NoSuchRunError as error:
+        raise Refused(str(error)) from error
+
+
+def _settle(found: "RunDir") -> "Manifest | None":
+    """The manifest made true; as last recorded where that cannot be told; None for a broken one."""
+    from runner import archive
+    from runner import status as state
+
+    try:
+        return state.settle(found)
+    except state.CannotTellError as error:
+        _say(f"{found.name}: as last recorded: {error}")
+        return found.manifest()
+    except archive.NoSuchRunError as error:
+        _say(str(error))
+        return None
+
+
+def _is_over(found: "RunDir") -> bool:
+    manifest = _settle(found)
+    return manifest is None or manifest.exit_status is not None
+
+
+def _conclude(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
+    """Say how the run ended and why, and give our exit code."""
+    from runner import ending
+    from runner import show as shown
+
+    diagnosis: Diagnosis | None = None
+    if as_json:
+        _print_json(shown.as_data(made, manifest))
+    else:
+        click.echo(f"run directory: {made.path}")
+    stop = made.read_json(made.stop_file)
+    return ending.runner_code(
+        manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
+    )
+
+
+def _say(text: str) -> None:
+    click.echo(f"headroom: {text}", err=True)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Without a terminal nothing is cut to a width of 80.
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+
+
+def _raw(name: Literal["stdout", "stderr"]) -> BinaryIO:
+    """The stream without a buffer of its own: what was written is there, whatever comes."""
+    stream = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
+    return cast("BinaryIO", getattr(stream, "raw", stream))

@@ -1,0 +1,334 @@
+"""A job in a Docker container: what it is given (pure), how it is started, followed and removed.
+
+Nothing is built or pulled here. The daemon keeps the container's log and we copy it; `attach` is
+never used, as a slow reader would stall the job, and the log is never rotated, as a follower would
+lose lines.
+
+Values of `container.pass_env` go to the daemon in its API call and nowhere else. As with any
+container, whoever may talk to that daemon can read them back (`docker inspect`).
+"""
+
+import contextlib
+import io
+import re
+import signal
+import tarfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from docker.errors import DockerException, ImageNotFound, NotFound
+from docker.models.containers import Container
+
+import docker
+from docker import DockerClient
+from jobs.records import LOG_FILE, ExitStatus, Manifest
+from jobs.spec import Job
+from runner import ending
+from runner.archive import RunDir, now
+from runner.ending import signal_name
+from runner.provenance import NO_COMMIT
+
+# docker/Dockerfile installs these, and nothing else, into the trainer's environment.
+_LOCKS = "/opt/locks"
+_LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", re.MULTILINE)
+_REVISION = "org.opencontainers.image.revision"
+# A daemon's own default may rotate logs; only a size of its own keeps json-file from it.
+_NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
+_PING_S = 10
+_RETRY_S = 1.0
+
+
+class NoDaemonError(Exception):
+    """No Docker daemon answers."""
+
+
+class NoImageError(Exception):
+    """The daemon has no such image."""
+
+
+class NotStartedError(Exception):
+    """The daemon would not start the container."""
+
+
+def connect() -> DockerClient:
+    """A client of the daemon that DOCKER_HOST names, or the machine's own.
+
+    Raises:
+        NoDaemonError: it does not answer; the message says where it was looked for.
+    """
+    client = None
+    try:
+        client = docker.from_env(timeout=_PING_S)
+        client.ping()
+    except (DockerException, OSError) as error:
+        where = client.api.base_url if client else "DOCKER_HOST or /var/run/docker.sock"
+        raise NoDaemonError(f"no Docker daemon answers at {where}") from error
+    return client
+
+
+def image_revision(client: DockerClient, job: Job) -> str:
+    """The commit that the job's image was built from, "unknown" where the image does not tell.
+
+    Raises:
+        NoImageError: there is no such image; the message has the command that makes it.
+    """
+    try:
+        image = client.images.get(job.image)
+    except ImageNotFound as error:
+        how = f"make it with: make image STAGE={job.target.platform}"
+        if job.container.image is not None:
+            how = f"pull or build {job.image}, or leave container.image out"
+        raise NoImageError(f"Docker has no image {job.image}; {how}") from error
+    return image.labels.get(_REVISION, "unknown")
+
+
+def cache_folders(job: Job) -> list[Path]:
+    """Folders of this machine that the container writes and that must be there before."""
+    return [Path(job.cache_dir), Path(job.cache_dir) / "huggingface"]
+
+
+def container_options(
+    job: Job,
+    run_dir: Path,
+    *,
+    manifest: Manifest,
+    user: tuple[int, int],
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    """What `docker.containers.create` is given for a job.
+
+    Args:
+        job: the job.
+        run_dir: absolute; it has the same path inside.
+        manifest: of the run, for verb, name and commit.
+        user: uid and gid that own the run directory.
+        environment: variables of this machine that the job may see, with their values.
+    """
+    c = job.container
+    uid, gid = user
+    options: dict[str, Any] = {
+        "image": job.image,
+        "command": [manifest.verb, str(run_dir / "job.json")],
+        "name": f"headroom-{run_dir.name}",
+        "user": f"{uid}:{gid}",
+        "mounts": _mounts(job, run_dir),
+        "devices": [f"{path}:{path}:rwm" for path in _devices(job)],
+        "ulimits": _ulimits(job),
+        "shm_size": int(c.shm_gib * 2**30),
+        "network_mode": c.network,
+        "privileged": c.privileged,
+        # Without an init the trainer is PID 1, for which SIGTERM does nothing by default.
+        "init": True,
+        "log_config": _NO_ROTATION,
+        "labels": {
+            "headroom": "1",
+            "headroom.run": run_dir.name,
+            "headroom.run_dir": str(run_dir),
+            "headroom.job": job.name,
+            "headroom.commit": manifest.commit or NO_COMMIT,
+        },
+        "environment": {
+            # The user has no home in the image. What is written there goes with the container.
+            "HOME": "/tmp",  # noqa: S108
+            "USER": "headroom",
+            "PYTHONUNBUFFERED": "1",
+            "HF_HOME": str(Path(job.cache_dir) / "huggingface"),
+            **environment,
+        },
+    }
+    if c.memory_gib is not None:
+        limit = int(c.memory_gib * 2**30)
+        # The same limit for memory and swap together: no swap.
+        options |= {"mem_limit": limit, "memswap_limit": limit}
+    return options
+
+
+def _devices(job: Job) -> tuple[str, ...]:
+    return job.target.device_files if job.container.devices is None else job.container.devices
+
+
+def _ulimits(job: Job) -> list[dict[str, Any]]:
+    asked = {"memlock": job.container.memlock, "nofile": job.container.nofile}
+    return [{"Name": n, "Soft": v, "Hard": v} for n, v in asked.items() if v is not None]
+
+
+def _mounts(job: Job, run_dir: Path) -> list[dict[str, Any]]:
+    """Bind mounts in the API's own form: unlike "a:b:ro" it takes any path, and makes none up."""
+    mounts = [_bind(str(run_dir)), _bind(job.cache_dir)]
+    read = [job.data.path, job.model if job.model.startswith("/") else None]
+    mounts += [_bind(path, read_only=True) for path in read if path is not None]
+    for bind in job.container.binds:
+        source, target, *mode = bind.split(":")
+        mounts.append(_bind(source, target=target, read_only=mode == ["ro"]))
+    return mounts
+
+
+def _bind(source: str, *, target: str | None = None, read_only: bool = False) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": source,
+        "Target": source if target is None else target,
+        "ReadOnly": read_only,
+    }
+
+
+def start(client: DockerClient, run: RunDir, options: dict[str, Any]) -> "ContainerTask":
+    """Create and start a container and write it into the run's manifest.
+
+    Raises:
+        NotStartedError: with the daemon's own words.
+    """
+    container = None
+    try:
+        image = client.images.get(options["image"])
+        container = client.containers.create(**options)
+        run.update(
+            container=container.id,
+            image=f"{options['image']}@{image.id}",
+            command=options["command"],
+            packages=locked_packages(container),
+        )
+        container.start()
+    except DockerException as error:
+        if container is not None:
+            remove(client, container.id)
+        said = getattr(error, "explanation", None) or str(error)
+        raise NotStartedError(
+            f"Docker would not start the container: {said}{_hint(said)}"
+        ) from error
+    run.update(state="running", started=now())
+    return ContainerTask(client, run, str(container.id))
+
+
+def _hint(said: str) -> str:
+    """What to change, where the daemon's words are known."""
+    hints = {
+        "rlimit": "; this machine does not allow that ulimit: lower container.memlock or nofile",
+        "gathering device information": "; no such device here: see container.devices",
+        "bind source path does not exist": "; see container.binds, data.path and model",
+    }
+    return next((hint for words, hint in hints.items() if words in said), "")
+
+
+def locked_packages(container: Container) -> dict[str, str]:
+    """Versions by name from the lock files in a container's image; {} where it has none."""
+    try:
+        stream, _ = container.get_archive(_LOCKS)
+    except NotFound:
+        return {}
+    found: dict[str, str] = {}
+    with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as tar:
+        for member in tar.getmembers():
+            if file := tar.extractfile(member):
+                found |= dict(_LOCKED.findall(file.read().decode()))
+    return found
+
+
+def remove(client: DockerClient, container_id: str | None) -> None:
+    """Remove a container that is needed no more; one that is gone already is fine."""
+    if container_id is not None:
+        with contextlib.suppress(DockerException, OSError):
+            client.containers.get(container_id).remove(force=True, v=True)
+
+
+def copy_log(container: Container, log: Path, *, follow: bool) -> None:
+    """Append to the file what of the container's log it lacks.
+
+    The daemon's log begins with all that stands in the file already, byte for byte, as nobody else
+    writes there while the container is there: what is read again is known by its length.
+    """
+    skip = log.stat().st_size
+    with log.open("ab", buffering=0) as file:
+        for data in container.logs(stream=True, follow=follow, stdout=True, stderr=True):
+            fresh = data[skip:]
+            skip = max(0, skip - len(data))
+            if fresh:
+                file.write(fresh)
+
+
+class ContainerTask:
+    """A container under way, and the thread that copies its log to the run's directory."""
+
+    def __init__(self, client: DockerClient, run: RunDir, container_id: str) -> None:
+        self._client, self._run, self._id = client, run, container_id
+        self._state: dict[str, Any] | None = None
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> ExitStatus | None:
+        """How it ended, its log copied; None when it has not after so many seconds."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return None
+        return state_status(self._run, self._state)
+
+    def stop(self, number: int) -> None:
+        """Pass on a signal, through the container's init."""
+        _signal(self._client, self._id, number)
+
+    def kill(self) -> None:
+        """End the container."""
+        _signal(self._client, self._id, signal.SIGKILL)
+
+    def _follow(self) -> None:
+        """Copy until it has ended; a stream that ends, or breaks, earlier is only an interlude."""
+        while True:
+            try:
+                container = self._client.containers.get(self._id)
+                copy_log(container, self._run.path / LOG_FILE, follow=True)
+                # The stream's end is not the container's: a daemon that restarts ends it as well.
+                container.wait(timeout=_PING_S)
+                container.reload()
+                if not container.attrs["State"]["Running"]:
+                    copy_log(container, self._run.path / LOG_FILE, follow=False)
+                    self._state = container.attrs["State"]
+                    return
+            except NotFound:
+                return
+            except (DockerException, OSError):
+                time.sleep(_RETRY_S)
+
+
+class OthersTask:
+    """A container that another runner started; its log is that runner's care, or `settle`'s."""
+
+    def __init__(self, client: DockerClient, run: RunDir, container_id: str) -> None:
+        self._client, self._run, self._id = client, run, container_id
+
+    def wait(self, seconds: float) -> ExitStatus | None:
+        """How it ended; None when it has not after so many seconds."""
+        time.sleep(seconds)
+        try:
+            state = self._client.containers.get(self._id).attrs["State"]
+        except NotFound:  # ended, and removed by its runner
+            return ending.LOST
+        return None if state["Running"] else state_status(self._run, state)
+
+    def stop(self, number: int) -> None:
+        """Pass on a signal, through the container's init."""
+        _signal(self._client, self._id, number)
+
+    def kill(self) -> None:
+        """End the container."""
+        _signal(self._client, self._id, signal.SIGKILL)
+
+
+def _signal(client: DockerClient, container_id: str, number: int) -> None:
+    # It may have ended meanwhile, or the daemon be away: `wait` tells.
+    with contextlib.suppress(DockerException, OSError):
+        client.containers.get(container_id).kill(signal=signal_name(number))
+
+
+def state_status(run: RunDir, state: dict[str, Any] | None) -> ExitStatus:
+    """How a container that runs no more ended, by its engine's State; `lost` without one."""
+    if state is None or state["Status"] == "created":
+        return ending.LOST
+    return ending.of_container(
+        state["ExitCode"],
+        oom_killed=state["OOMKilled"],
+        stopped=run.stop_file.exists(),
+        failed=run.failure_file.exists(),
+    )

@@ -1,0 +1,204 @@
+"""Start `python -m trainer VERB job.json` in a process or a container, and see it to its end.
+
+The one file of the runner that reads the environment. What a job may see of it is spelled out here:
+names that say where things are on this machine, and the names in `container.pass_env`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from docker import DockerClient
+from jobs.records import ExitStatus, Manifest
+from jobs.spec import Job
+from runner import container, ending, supervise
+from runner.archive import RunDir, now
+from runner.process import ProcessTask
+from runner.provenance import installed_packages
+from runner.watch import Follower, Interrupts, Task, describe, watch
+
+Where = Literal["auto", "process", "docker"]
+Say = Callable[[str], None]
+
+# Beside this runner lies the trainer of the same commit; -P: a trainer/ in the user's folder is not
+# ours.
+CODE = Path(__file__).resolve().parents[1]
+TRAINER = (sys.executable, "-P", "-m", "trainer")
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_PROXY_NAMES = frozenset({*_PROXIES, *(name.upper() for name in _PROXIES)})
+_PERSON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ")
+_PLACES = ("PATH", "TMPDIR", "LD_LIBRARY_PATH")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+_HOST_PREFIXES = ("LC_", "XDG_")
+# How long a reader of a stopped run's output is waited for.
+_PATIENCE_S = 5.0
+
+
+class HostNotFit(Exception):  # noqa: N818 - the design's name
+    """This machine cannot run the job as asked; the message says what would help."""
+
+
+def here() -> Mapping[str, str]:
+    """The environment that the command was started in."""
+    return os.environ
+
+
+def process_environment(environment: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
+    """What a job in a process sees: this machine's places, and what the job names. Nothing else."""
+    names = {*_PERSON, *_PLACES, *_CERTIFICATES, *_HUB, *_PROXY_NAMES, *pass_env}
+    kept = {k: v for k, v in environment.items() if k in names or k.startswith(_HOST_PREFIXES)}
+    return {**kept, "PYTHONPATH": str(CODE), "PYTHONUNBUFFERED": "1"}
+
+
+def container_environment(
+    environment: Mapping[str, str], pass_env: Iterable[str]
+) -> dict[str, str]:
+    """What a job in a container sees of this machine: its proxies, and what the job names."""
+    names = {*_PROXY_NAMES, *pass_env}
+    return {k: v for k, v in environment.items() if k in names}
+
+
+def unset(environment: Mapping[str, str], pass_env: Iterable[str]) -> list[str]:
+    """Names the job may see that have no value here."""
+    return [name for name in pass_env if name not in environment]
+
+
+def place(
+    where: Where, job: Job, *, connect: Callable[[], DockerClient] = container.connect
+) -> tuple[DockerClient | None, str]:
+    """Where the job will run: a Docker client, or None for a process; and why, in words.
+
+    Raises:
+        HostNotFit: Docker was asked for and does not answer, or the job's image is not there.
+    """
+    if where == "process":
+        return None, "a process, as asked"
+    try:
+        client = connect()
+    except container.NoDaemonError as error:
+        if where == "auto":
+            return None, f"a process ({error})"
+        raise HostNotFit(
+            f"--where docker: {error}; start it, set DOCKER_HOST, or use --where process"
+        ) from error
+    try:
+        revision = container.image_revision(client, job)
+    except container.NoImageError as error:
+        raise HostNotFit(f"--where {where}: {error}; or use --where process") from error
+    return client, f"docker (its daemon answers; image {job.image} of commit {revision})"
+
+
+def launch(
+    run: RunDir,
+    job: Job,
+    *,
+    client: DockerClient | None,
+    out: BinaryIO,
+    say: Say,
+    trainer: Sequence[str] = TRAINER,
+) -> Manifest:
+    """Run a created run's job to its end, whatever comes, and finish its archive.
+
+    Args:
+        run: just created, its lock held by us; its manifest has the verb.
+        job: as in its job.json.
+        client: of the Docker daemon; None: in a process.
+        out: where the log is shown as it grows.
+        say: is told what a person should know.
+        trainer: the program of the process way.
+
+    Raises:
+        HostNotFit: the job could not be started; the archive says so too.
+    """
+    for name in unset(here(), job.container.pass_env):
+        say(f"container.pass_env: {name} is not set here: the job runs without it")
+    grace_s = job.container.stop_grace_s
+
+    def asked(number: int) -> None:
+        run.ask_to_stop(ending.signal_name(number))
+        follower.patience_s = _PATIENCE_S
+        say(describe(number, grace_s))
+
+    with Follower(run.log_file, out) as follower, Interrupts() as interrupts:
+        try:
+            task = start(run, job, client=client, trainer=trainer)
+        except HostNotFit as error:
+            with run.log_file.open("ab") as log:
+                log.write(f"headroom: {error}\n".encode())
+            run.finish(ExitStatus(code=_NOT_STARTED, reason="refused"))
+            raise
+        status = watch(task, interrupts, grace_s=grace_s, asked=asked)
+        manifest = run.finish(status)
+    if client is not None:
+        container.remove(client, manifest.container)
+    return manifest
+
+
+# What `docker run` says when the daemon, not the program, failed.
+_NOT_STARTED = 125
+
+
+def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequence[str]) -> Task:
+    """Start the job and write into the manifest what was started.
+
+    Raises:
+        HostNotFit: it could not be.
+    """
+    verb = run.manifest().verb
+    if client is None:
+        command = [*trainer, verb, str(run.job_file)]
+        return _start_process(run, command, process_environment(here(), job.container.pass_env))
+    owner = run.path.stat()
+    options = container.container_options(
+        job,
+        run.path,
+        manifest=run.manifest(),
+        user=(owner.st_uid, owner.st_gid),
+        environment=container_environment(here(), job.container.pass_env),
+    )
+    for folder in container.cache_folders(job):
+        _make_for(folder, owner)
+    try:
+        return container.start(client, run, options)
+    except container.NotStartedError as error:
+        raise HostNotFit(str(error)) from error
+
+
+def _make_for(folder: Path, owner: os.stat_result) -> None:
+    """Make a folder that the run directory's owner can write."""
+    if folder.is_dir():
+        return
+    if not folder.parent.is_dir():
+        _make_for(folder.parent, owner)
+    folder.mkdir(exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(folder, owner.st_uid, owner.st_gid)
+
+
+def _start_process(run: RunDir, command: list[str], environment: dict[str, str]) -> ProcessTask:
+    # The supervisor is started by its path, apart from all settings of Python's: -I, -S.
+    argv = [sys.executable, "-I", "-S", supervise.__file__, str(run.path), "--", *command]
+    run.update(state="running", started=now(), command=command, packages=installed_packages())
+    # The job writes the log itself: it lasts when the runner is killed, and no slow reader of ours
+    # can hold the job up.
+    with run.log_file.open("ab") as log:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=run.path,
+            start_new_session=True,
+        )
+    while not run.process_file.exists() and child.poll() is None:
+        time.sleep(0.005)
+    task = ProcessTask(run, child=child)
+    run.update(pid=task.pid)
+    return task

@@ -1,0 +1,173 @@
+"""What a person, or a program, is shown of a run: read from its records alone."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.records import EvalRecord, ExitStatus, Manifest, StepRecord
+from runner.archive import RunDir
+
+_POLL_S = 0.5
+_STEP_COLUMNS = ("step", "loss", "entropy", "reward", "pass@1", "pass@K", "tokens", "tok/s", "dt s")
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a last line that was cut off is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def as_data(run: RunDir, manifest: Manifest) -> dict[str, Any]:
+    """All that is known of a run, as JSON holds it: what `--json` prints."""
+    lines = records(run.steps_file)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "manifest": manifest.model_dump(mode="json"),
+        "job": run.read_json(run.job_file),
+        "steps": [line for line in lines if "step" in line],
+        "evaluations": [line for line in lines if "eval_step" in line],
+        "failure": run.read_json(run.failure_file),
+        "diagnosis": run.read_json(run.diagnosis_file),
+    }
+
+
+def ending_text(manifest: Manifest) -> str:
+    """How a run stands, in a few words.
+
+    >>> ending_text(Manifest.model_construct(state="running", exit_status=None))
+    'running'
+    """
+    status: ExitStatus | None = manifest.exit_status
+    if status is None:
+        return manifest.state
+    signal = f", {status.signal}" if status.signal else ""
+    return "lost" if status.reason == "lost" else f"{status.reason} ({status.code}{signal})"
+
+
+def print_run(data: dict[str, Any], console: Console) -> None:
+    """One run for a person: what ran, its steps, its last samples, why it failed."""
+    manifest = Manifest.model_validate(data["manifest"])
+    _print_facts(manifest, data, console)
+    steps = [StepRecord.model_validate(line) for line in data["steps"]]
+    if steps:
+        console.print(_steps_table(steps))
+    for line in data["evaluations"]:
+        e = EvalRecord.model_validate(line)
+        console.print(
+            Text(
+                f"evaluation after step {e.eval_step}: pass@1 {e.pass_at_1:.3f}, "
+                f"pass@{e.group_size} {e.pass_at_k:.3f} of {e.prompts} prompts"
+            )
+        )
+    if failure := data["failure"]:
+        console.print(Text(f"failure: {failure['kind']}: {failure['message']}"))
+
+
+def _print_facts(manifest: Manifest, data: dict[str, Any], console: Console) -> None:
+    commit = manifest.commit or "outside a git checkout"
+    facts = {
+        "run": data["path"],
+        "status": ending_text(manifest),
+        "job": f"{manifest.job} ({manifest.verb})",
+        "commit": commit + (" with changes" if manifest.dirty else ""),
+        "where": manifest.where + (f" {manifest.image}" if manifest.image else ""),
+        "host": f"{manifest.host['name']}, {manifest.host['cpus']} CPUs",
+        "started": _when(manifest.started),
+        "finished": _when(manifest.finished),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(Text(name), Text(value, overflow="fold"))
+    console.print(table)
+
+
+def _steps_table(steps: Iterable[StepRecord]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in _STEP_COLUMNS:
+        table.add_column(column, justify="right")
+    for s in steps:
+        table.add_row(
+            str(s.step),
+            f"{s.loss:.4f}",
+            f"{s.entropy:.3f}",
+            f"{s.reward_mean:.3f}",
+            f"{s.pass_at_1:.3f}",
+            f"{s.pass_at_k:.3f}",
+            f"{s.completion_tokens_mean:.0f}",
+            f"{s.tokens_per_s:.1f}",
+            f"{s.dt_s:.1f}",
+        )
+    return table
+
+
+def print_list(manifests: Iterable[Manifest], console: Console) -> None:
+    """Runs, a line each."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "status", "where", "started", "finished"):
+        table.add_column(column, overflow="fold")
+    for m in manifests:
+        cells = (m.run, ending_text(m), m.where, _when(m.started), _when(m.finished))
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _when(iso: str | None) -> str:
+    if iso is None:
+        return "-"
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def tail(path: Path, lines: int) -> bytes:
+    """The last lines of a file, byte for byte."""
+    if lines <= 0:
+        return b""
+    block = 1 << 16
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        found = b""
+        # One more line break than lines: the first found lies before the first line wanted.
+        while end > 0 and found.count(b"\n") <= lines:
+            begin = max(0, end - block)
+            file.seek(begin)
+            found = file.read(end - begin) + found
+            end = begin
+    return b"".join(found.splitlines(keepends=True)[-lines:])
+
+
+def print_log(
+    path: Path, out: BinaryIO, *, lines: int | None, ended: Callable[[], bool] | None
+) -> None:
+    """Write a log, or its last lines, and go on with what comes until `ended` says so."""
+    with path.open("rb", buffering=0) as log:
+        if lines is not None:
+            last = tail(path, lines)
+            out.write(last)
+            log.seek(0, os.SEEK_END)
+        over = ended is None
+        while True:
+            while data := log.read(1 << 16):
+                out.write(data)
+            out.flush()
+            if over or ended is None:
+                return
+            over = ended()
+            if not over:
+                time.sleep(_POLL_S)

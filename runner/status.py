@@ -1,0 +1,115 @@
+"""The truth about runs: checked against this machine and Docker, not only read from manifests."""
+
+import time
+from collections.abc import Callable
+
+from docker.errors import NotFound
+
+from docker import DockerClient
+from jobs.records import ExitStatus, Manifest
+from jobs.spec import JobError, load
+from runner import container, ending
+from runner.archive import RunDir
+from runner.process import ProcessTask
+from runner.provenance import host
+from runner.watch import Task, stop_and_wait
+
+Connect = Callable[[], DockerClient]
+
+# A finisher that we wait for only writes a few small files and hashes a log.
+_FINISHER_S = 60.0
+_DEFAULT_GRACE_S = 30
+
+
+class CannotTellError(Exception):
+    """Whether a run still runs cannot be seen from here; the message says why."""
+
+
+def settle(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
+    """The manifest, made true: a run that ended with nobody there is finished now.
+
+    Raises:
+        CannotTellError: the run belongs to another machine, or Docker does not answer.
+        NoSuchRunError: its manifest cannot be read.
+    """
+    manifest = run.manifest()
+    if manifest.exit_status is not None:
+        return manifest
+    with run.held() as ours:
+        # Not ours: a runner stands by it, and will finish it.
+        if not ours:
+            return manifest
+        status = _look(run, run.manifest(), connect=connect)
+        if status is None:
+            return run.manifest()
+        manifest = run.finish(status)
+    if manifest.container is not None:
+        container.remove(connect(), manifest.container)
+    return manifest
+
+
+def _look(run: RunDir, manifest: Manifest, *, connect: Connect) -> ExitStatus | None:
+    """How a run that nobody stands by ended, its log brought up to date; None when it goes on."""
+    _same_host(manifest)
+    if manifest.where == "process":
+        return ProcessTask(run).ended()
+    if manifest.container is None:
+        return ending.LOST
+    try:
+        found = _client(manifest, connect).containers.get(manifest.container)
+    except NotFound:
+        return ending.LOST
+    state = found.attrs["State"]
+    container.copy_log(found, run.log_file, follow=False)
+    if state["Running"]:
+        return None
+    return container.state_status(run, state)
+
+
+def _same_host(manifest: Manifest) -> None:
+    name = host()["name"]
+    if manifest.host["name"] != name:
+        raise CannotTellError(f"it runs on {manifest.host['name']}, this is {name}: ask there")
+
+
+def _client(manifest: Manifest, connect: Connect) -> DockerClient:
+    try:
+        return connect()
+    except container.NoDaemonError as error:
+        name = f"headroom-{manifest.run}"
+        raise CannotTellError(f"its container {name} cannot be seen: {error}") from error
+
+
+def cancel(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
+    """Stop a run, SIGTERM first, and see its archive finished; an ended one is left as it is.
+
+    Raises:
+        CannotTellError: the run cannot be reached from here.
+        NoSuchRunError: its manifest cannot be read.
+    """
+    manifest = settle(run, connect=connect)
+    if manifest.exit_status is not None:
+        return manifest
+    _same_host(manifest)
+    run.ask_to_stop("SIGTERM")
+    stop_and_wait(_task(run, manifest, connect=connect), grace_s=_grace_s(run))
+    # Its runner, if it has one, sees the end as we do and finishes the archive.
+    deadline = time.monotonic() + _FINISHER_S
+    while (manifest := settle(run, connect=connect)).exit_status is None:
+        if time.monotonic() > deadline:
+            raise CannotTellError(f"it has ended, but its runner did not finish {run.path}")
+        time.sleep(0.05)
+    return manifest
+
+
+def _task(run: RunDir, manifest: Manifest, *, connect: Connect) -> Task:
+    if manifest.where == "process":
+        return ProcessTask(run)
+    return container.OthersTask(_client(manifest, connect), run, str(manifest.container))
+
+
+def _grace_s(run: RunDir) -> float:
+    try:
+        return load(run.job_file).container.stop_grace_s
+    except JobError:  # job.json is damaged, or of another version: the run is to stop all the same
+        return _DEFAULT_GRACE_S
