@@ -26,7 +26,7 @@ BUILD_TIMEOUT_S = 900
 
 @dataclass(frozen=True)
 class Engine:
-    """A Docker engine that answers; `host` is for DOCKER_HOST or `docker.DockerClient(base_url=...)`."""
+    """A Docker engine that answers; `host` is for DOCKER_HOST or the SDK's base_url."""
 
     host: str
 
@@ -45,7 +45,9 @@ class Engine:
         """The output of a docker command that has to succeed."""
         done = self.run("docker", *argv)
         if done.returncode != 0:
-            raise AssertionError(f"docker {' '.join(argv)}: {done.returncode}\n{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"docker {' '.join(argv)}: {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout.strip()
 
 
@@ -78,8 +80,7 @@ def shared_engine() -> Iterator[Engine]:
 def script(name: str, *argv: str) -> str:
     done = subprocess.run(
         [REPOSITORY / "tests" / name, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
         timeout=BUILD_TIMEOUT_S,
