@@ -76,7 +76,7 @@ fetch_uv() {
     "$1" -m venv "$scratch/pip" >/dev/null 2>&1 || return 1
     pip=("$scratch/pip/bin/python" -m pip)
   fi
-  "${pip[@]}" install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+  PIP_ROOT_USER_ACTION=ignore "${pip[@]}" install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
     --require-hashes --target "$scratch/uv" --requirement "$scratch/uv.txt" >&2 </dev/null || return 1
   uv=$scratch/uv/bin/uv
 }
