@@ -228,11 +228,15 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
             "most models also run without it, within their first max_position_embeddings tokens: "
             "take rope_scaling out of a local copy of config.json to do so"
         )
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in keys if key not in rope]:
+        raise ModelError(f"config.json: rope_type = 'llama3' without {', '.join(missing)}")
+    factor, low, high, original = (rope[key] for key in keys)
     return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
+        factor=float(factor),
+        low_freq_factor=float(low),
+        high_freq_factor=float(high),
+        original_max_position=int(original),
     )
 
 

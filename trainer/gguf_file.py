@@ -90,7 +90,10 @@ class GgufFile:
             for name, tensor in self._tensors.items()
         }
         self.ignored = frozenset({ROPE_FACTORS})
-        self.architecture = self._read_architecture()
+        try:
+            self.architecture = self._read_architecture()
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in its metadata."""
@@ -114,7 +117,7 @@ class GgufFile:
     def _field(self, key: str) -> Any:
         full = f"{self._metadata['general.architecture']}.{key}"
         if full not in self._metadata:
-            raise ModelError(f"{self.source}: its metadata lacks {full}; take another GGUF file")
+            raise ModelError(f"its metadata lacks {full}; take another GGUF file")
         return self._metadata[full]
 
     def _has(self, key: str) -> bool:
@@ -128,7 +131,7 @@ class GgufFile:
         found = self._metadata.get("general.architecture")
         if found not in CLASSES or self._has("expert_count"):
             what = " with experts" if found in CLASSES else ""
-            raise ModelError(f"{self.source}: general.architecture = {found!r}{what}; {SUPPORTED}")
+            raise ModelError(f"general.architecture = {found!r}{what}; {SUPPORTED}")
         heads, embed = (
             int(self._field("attention.head_count")),
             int(self._field("embedding_length")),
@@ -138,7 +141,7 @@ class GgufFile:
         theta = self._decimal("rope.freq_base") if self._has("rope.freq_base") else 10000.0
         return Architecture(
             family=cast("Family", found),
-            vocab=self.shapes.get(NAMES["embed",], (0,))[0],
+            vocab=self.shapes.get(NAMES["embed",], (1,))[0],  # that it is missing is told later
             embed=embed,
             mlp=int(self._field("feed_forward_length")),
             layers=int(self._field("block_count")),
@@ -158,9 +161,7 @@ class GgufFile:
         """Llama 3's scaling, which GGUF keeps as one divisor a frequency and not as its rule."""
         kind = self._field("rope.scaling.type") if self._has("rope.scaling.type") else "none"
         if kind != "none":
-            raise ModelError(
-                f"{self.source}: rope.scaling.type = {kind!r}; supported: none, llama3"
-            )
+            raise ModelError(f"rope.scaling.type = {kind!r}; supported: none, llama3")
         if ROPE_FACTORS not in self._tensors:
             return None
         divisors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float32)
@@ -173,7 +174,7 @@ class GgufFile:
         expected = llama3_divisors(scaling, theta=theta, head_dim=head_dim)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise ModelError(
-                f"{self.source}: the divisors in {ROPE_FACTORS} are not those of Llama 3 "
+                f"the divisors in {ROPE_FACTORS} are not those of Llama 3 "
                 "(low 1, high 4, 8192 original positions); take the model's Hugging Face folder"
             )
         return scaling

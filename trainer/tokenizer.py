@@ -37,16 +37,13 @@ class Tokenizer:
         eos_ids: tokens that end a completion, at least one; the tokenizer's own first.
         pad_id: fills rows up to a common length. It may be one of `eos_ids`: masks and lengths
             tell padding from tokens, never the id.
+        size: tokens it knows; the model's vocabulary is often padded to more.
     """
 
     backend: Any
     eos_ids: tuple[int, ...]
     pad_id: int
-
-    @property
-    def size(self) -> int:
-        """Tokens it knows; the model's vocabulary is often padded to more."""
-        return len(self.backend)
+    size: int
 
     @property
     def bos_id(self) -> int | None:
@@ -138,7 +135,10 @@ def _finished(
         )
     pads = (backend.pad_token_id, pad_id, ends[0])  # Llama 3 names no pad token: any will do
     return Tokenizer(
-        backend=backend, eos_ids=ends, pad_id=next(pad for pad in pads if pad is not None)
+        backend=backend,
+        eos_ids=ends,
+        pad_id=next(pad for pad in pads if pad is not None),
+        size=len(backend),  # kept: asking takes milliseconds, it counts the whole vocabulary
     )
 
 

@@ -239,7 +239,7 @@ def _source(name: str, download: Callable[[str], FilePath]) -> Source:
         return TinyModel()
     if name == EMBEDDED:
         return GgufFile(embedded_gguf())
-    if path.is_dir():
+    if name and path.is_dir():  # an empty name is the working directory to pathlib
         return HfFolder(path)
     if path.is_file() and path.suffix == ".gguf":
         return GgufFile(path)
