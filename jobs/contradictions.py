@@ -34,9 +34,19 @@ def _data_contradictions(job: Job) -> list[Problem]:
                 others=("data.path",),
             )
         )
-    if job.data.path is not None and not Path(job.data.path).expanduser().is_file():
+    for key, path in (("data.path", job.data.path), ("evaluation.path", job.evaluation.path)):
+        if path is not None and not Path(path).is_file():
+            found.append(Problem(key, path, "is not a file that can be read from here"))
+    wanted = job.eval_every_steps > 0
+    if wanted and job.data.path is not None and job.evaluation.path is None:
         found.append(
-            Problem("data.path", job.data.path, "is not a file that can be read from here")
+            Problem(
+                "eval_every_steps",
+                job.eval_every_steps,
+                "evaluates on rows that are not trained on, and data.path has no test split: "
+                "set evaluation.path to a file of other rows",
+                others=("data.path", "evaluation.path"),
+            )
         )
     return found
 

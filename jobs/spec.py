@@ -186,6 +186,8 @@ class Mesh(Part):
 class Evaluation(Part):
     """What an evaluation asks (every `eval_every_steps`)."""
 
+    path: LocalPath | None = None
+    """Rows of the test split; unset: of the same source as the training rows."""
     prompts: Count | None = 64
     """Rows of the test split; null: all of them."""
     group_size: Count = 1
@@ -250,7 +252,7 @@ class Job(Part):
     steps: Annotated[int, Field(ge=0)] = 20
     """Rollouts with their learning; 0 loads everything and stops."""
     system_prompt: str | None = None
-    """Put before each question; unset: the SOP's, which asks for think and answer tags."""
+    """Put before each question; unset: ours, which asks for think and answer tags; "": none."""
     eval_every_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate after every so many steps; 0: never."""
     cache_dir: LocalPath = "~/.cache/headroom"

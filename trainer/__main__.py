@@ -1,0 +1,97 @@
+"""`python -m trainer VERB /run/job.json`: one verb of the trainer, in its run's directory.
+
+Sets what XLA, libtpu and the libraries read from the environment, by the job, before any of them is
+imported; nothing else of the trainer looks at the environment.
+"""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from jobs.records import FAILURE_FILE, Failure
+from jobs.spec import Job, JobError, load
+from trainer.refusal import Refusal
+
+VERBS = ("train", "evaluate")
+USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json"
+REFUSED, WRONG_USAGE = 1, 2
+
+log = logging.getLogger("trainer")
+
+
+def set_environment(job: Job) -> None:
+    """What the libraries are told, as the SOP told them, and XLA by the job's accelerator."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_ENABLE_HF_TRANSFER"] = "1"
+    if job.target.platform == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        count = f"--xla_force_host_platform_device_count={job.target.devices}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+    else:
+        # Unset, JAX takes the TPU and keeps the CPU beside it, which engines load weights through;
+        # `train.check_platform` refuses to go on when it found no TPU.
+        os.environ.pop("JAX_PLATFORMS", None)
+
+
+def run(verb: str, job: Job, run_dir: Path) -> None:
+    """Import what the verb needs, and do it. A failure is written down before it goes on."""
+    set_environment(job)
+    import jax
+
+    from trainer import metrics, train
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    phases = train.Phases(run_dir)
+    try:
+        metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
+        {"train": train.train, "evaluate": train.evaluate_only}[verb](job, run_dir, phases)
+    except Exception as error:
+        failure = Failure(
+            kind=type(error).__name__,
+            message=str(error),
+            phase=phases.phase,
+            step=phases.step,
+            traceback=traceback.format_exc(),
+        )
+        (run_dir / FAILURE_FILE).write_text(failure.model_dump_json(indent=2) + "\n")
+        raise
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    """Leave as soon as Python runs again, with every context manager closed."""
+    log.info("stopped by %s", signal.Signals(number).name)
+    raise SystemExit(128 + number)
+
+
+def _refuse(lines: str) -> int:
+    for line in lines.splitlines():
+        log.error("Error: %s", line)
+    return REFUSED
+
+
+def main(argv: list[str]) -> int:
+    """Run a verb; the exit code: 0 done, 1 refused, 2 usage; a failure ends in its traceback."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+    for name in ("jax", "absl", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if len(argv) != len(("verb", "job")) or argv[0] not in VERBS:
+        log.error("%s", USAGE)
+        return WRONG_USAGE
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    path = Path(argv[1])
+    try:
+        run(argv[0], load(path), path.parent)
+    except (JobError, Refusal) as error:
+        return _refuse(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,323 @@
+"""The training loop, top to bottom: rollout, reward, advantages, update, hand-over, record."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from jobs.records import StepRecord
+from jobs.spec import Job
+from trainer import hbm, reward
+from trainer.architecture import Path as LeafPath
+from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
+from trainer.evaluate import evaluate
+from trainer.grpo import group_advantages, token_weights
+from trainer.mesh import make_mesh, state_shardings
+from trainer.metrics import Metrics
+from trainer.refusal import Refusal
+from trainer.rollout import Completions, Rollout
+from trainer.rollout.naive import NaiveRollout
+from trainer.update.program import Learned, Update, make_update
+from trainer.weights import Model, load_params, open_model
+
+log = logging.getLogger(__name__)
+
+
+class PlatformError(Refusal):
+    """JAX runs on something else than the job's accelerator."""
+
+
+class EngineError(Refusal):
+    """The job names a rollout engine that this version does not have."""
+
+
+class LossError(FloatingPointError):
+    """A loss or gradient norm is NaN or infinite; the state has already taken the update."""
+
+
+@dataclass
+class Phases:
+    """Where a step's time goes, and which phase is under way."""
+
+    run_dir: Path
+    step: int = -1
+    phase: str = "load"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase, with HBM sampled before it begins."""
+        self.phase = phase
+        hbm.sample(self.run_dir, step=self.step, phase=phase)
+        began = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Everything that lives from the load to the end of the run."""
+
+    job: Job
+    phases: Phases
+    model: Model
+    mesh: Any
+    rollout: Rollout
+    params: Any
+
+
+def load(job: Job, phases: Phases) -> Session:
+    """Check the platform, place the weights, and build the engine.
+
+    Raises:
+        PlatformError: the devices are not the job's.
+        ModelError, MeshError: the model cannot be had, or does not divide over the mesh.
+    """
+    devices = check_platform(job, jax.devices())
+    mesh = make_mesh(job, devices)
+    with phases("load"):
+        model = open_model(job.model)
+        shardings = state_shardings(mesh, model.architecture)
+        rollout = make_rollout(job, model, mesh)
+
+        def place(path: LeafPath, leaf: np.ndarray) -> jax.Array:
+            sharding = shardings
+            for name in path:
+                sharding = sharding[name]
+            return jax.device_put(leaf, sharding)
+
+        params = load_params(model, place)
+    log.info(
+        "model=%s layers=%d embed=%d vocab=%d devices=%d platform=%s engine=%s load=%.2fs",
+        job.model,
+        model.architecture.layers,
+        model.architecture.embed,
+        model.architecture.vocab,
+        len(devices),
+        devices[0].platform,
+        rollout.name,
+        phases.seconds["load"],
+    )
+    return Session(job=job, phases=phases, model=model, mesh=mesh, rollout=rollout, params=params)
+
+
+def check_platform(job: Job, devices: list[Any]) -> list[Any]:
+    """The devices, when they are the job's accelerator; a TPU job never runs on a CPU unnoticed."""
+    target = job.target
+    found = {(d.platform, d.device_kind) for d in devices}
+    if found != {(target.platform, target.device_kind)}:
+        kinds = ", ".join(f"{kind} ({platform})" for platform, kind in sorted(found))
+        raise PlatformError(
+            f"accelerator = {job.accelerator} is {target.devices} x {target.device_kind}, but JAX "
+            f"lists {len(devices)} x {kinds}: run on a {job.accelerator}, or set accelerator to "
+            "what is there"
+        )
+    return devices
+
+
+def make_rollout(job: Job, model: Model, mesh: Any) -> Rollout:
+    """The engine that the job names."""
+    if job.rollout.engine != "naive":
+        raise EngineError(
+            f"rollout.engine = {job.rollout.engine} is planned for, not built in this version: "
+            "use --set rollout.engine=naive"
+        )
+    return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
+
+
+def train(job: Job, run_dir: Path, phases: Phases) -> None:
+    """Run the job: `steps` rollouts with all their learning.
+
+    Raises:
+        LossError: a loss or gradient norm is NaN or infinite.
+    """
+    session = load(job, phases)
+    prompts = read_prompts(session, "train")
+    tests = read_prompts(session, "test") if job.eval_every_steps else []
+    reference = _reference_params(session) if job.train.beta else None
+    update = make_update(job, session.model.architecture, session.mesh)
+    state = update.init(session.params)
+    session.params = None
+    if job.rollout.group_size == 1:
+        log.warning("rollout.group_size = 1: every advantage is zero, nothing will be learned")
+    with Metrics(job, run_dir) as metrics:
+        with phases("hand_over"):
+            session.rollout.hand_over(update.params(state))
+        for step in track(range(job.steps), "training", disable=not sys.stdout.isatty()):
+            phases.step, phases.seconds = step, {}
+            began = time.monotonic()
+            rolled = _roll(session, prompts_of_step(job, prompts, step), step)
+            with phases("update"):
+                state, learned = _learn(job, update, state, _batch(session, rolled), reference)
+            with phases("hand_over"):
+                session.rollout.hand_over(update.params(state))
+            record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
+            metrics.write(record, step)
+            _log_samples(session, rolled)
+            if job.eval_every_steps and (step + 1) % job.eval_every_steps == 0:
+                phases.phase = "evaluation"
+                metrics.write(
+                    evaluate(
+                        job, session.rollout, tests, session.model.tokenizer, after_steps=step + 1
+                    ),
+                    step,
+                )
+
+
+def evaluate_only(job: Job, run_dir: Path, phases: Phases) -> None:
+    """Evaluate the job's model as it is, without training."""
+    session = load(job, phases)
+    tests = read_prompts(session, "test")
+    with Metrics(job, run_dir) as metrics:
+        session.rollout.hand_over(session.params)
+        session.params = None
+        phases.phase = "evaluation"
+        record = evaluate(job, session.rollout, tests, session.model.tokenizer, after_steps=0)
+        metrics.write(record, 0)
+
+
+def read_prompts(session: Session, split: str) -> list[Prompt]:
+    """The prompts of a split that fit, with a line in the log about those that do not."""
+    job = session.job
+    rows = load_rows(job, split=split)
+    if split == "test" and job.evaluation.prompts is not None:
+        rows = rows[: job.evaluation.prompts]
+    prompts, longer = fitting_prompts(job, rows, session.model.tokenizer)
+    log.info(
+        "data split=%s prompts=%d left_out=%d (longer than %d tokens)",
+        split,
+        len(prompts),
+        longer,
+        job.rollout.max_prompt_tokens,
+    )
+    return prompts
+
+
+def _reference_params(session: Session) -> Any:
+    """A frozen copy of the weights, in the update's compute dtype, for the KL term."""
+    dtype = jnp.dtype(session.job.update.update_dtype)
+    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), session.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolled:
+    """A rollout and its rewards; rows are sequences, a prompt's group next to each other."""
+
+    prompts: list[Prompt]
+    completions: Completions
+    texts: list[str]
+    scores: dict[str, np.ndarray]
+    rewards: np.ndarray
+
+
+def _roll(session: Session, asked: list[Prompt], step: int) -> Rolled:
+    job = session.job
+    group = job.rollout.group_size
+    with session.phases("rollout"):
+        completions = session.rollout.generate(
+            [p.tokens for p in asked],
+            group_size=group,
+            temperature=job.rollout.temperature,
+            first_sequence=step * job.sequences_per_step,
+        )
+    with session.phases("reward"):
+        texts = completions.texts(session.model.tokenizer)
+        scores = reward.score(texts, [p.row.answer for p in asked for _ in range(group)])
+    return Rolled(
+        prompts=[p for p in asked for _ in range(group)],
+        completions=completions,
+        texts=texts,
+        scores=scores,
+        rewards=reward.total(scores, job.reward),
+    )
+
+
+def _batch(session: Session, rolled: Rolled) -> Batch:
+    job = session.job
+    tokens, lengths, mask = pack(
+        [p.tokens for p in rolled.prompts],
+        rolled.completions,
+        sequence_tokens=job.max_sequence_tokens,
+        pad_id=session.model.pad_id,
+    )
+    advantages = group_advantages(jnp.asarray(rolled.rewards), job.rollout.group_size)
+    return Batch(
+        tokens=tokens,
+        prompt_lengths=lengths,
+        completion_mask=mask,
+        weights=np.asarray(token_weights(jnp.asarray(mask))),
+        advantages=np.asarray(advantages),
+    )
+
+
+def _learn(
+    job: Job, update: Update, state: Any, batch: Batch, reference: Any
+) -> tuple[Any, list[Learned]]:
+    """All updates of one rollout."""
+    old = ref = None
+    if reference is not None:
+        ref = np.asarray(update.logprobs(reference, batch))
+    if job.train.updates_per_rollout > 1:
+        old = np.asarray(update.logprobs(update.params(state), batch))
+    batch = Batch(**{**vars(batch), "old_logprobs": old, "ref_logprobs": ref})
+    learned: list[Learned] = []
+    for _ in range(job.train.updates_per_rollout):
+        state, said = update.step(state, batch)
+        if not (math.isfinite(said.loss) and math.isfinite(said.grad_norm)):
+            raise LossError(
+                f"loss = {said.loss}, gradient norm = {said.grad_norm}: the update is not finite; "
+                "lower train.learning_rate, or start from weights that are finite"
+            )
+        learned.append(said)
+    return state, learned
+
+
+def _record(session: Session, rolled: Rolled, learned: list[Learned], *, dt_s: float) -> StepRecord:
+    phases, completions = session.phases, rolled.completions
+    right = rolled.scores["correct"].reshape(-1, session.job.rollout.group_size)
+    mean = lambda name: float(np.mean([getattr(one, name) for one in learned]))
+    measured = hbm.sample(phases.run_dir, step=phases.step, phase="end")
+    return StepRecord(
+        step=phases.step,
+        loss=mean("loss"),
+        entropy=mean("entropy"),
+        reward_mean=float(rolled.rewards.mean()),
+        reward_std=float(rolled.rewards.std()),
+        rewards={name: float(value.mean()) for name, value in rolled.scores.items()},
+        pass_at_1=float(right[:, 0].mean()),
+        pass_at_k=float(right.max(axis=1).mean()),
+        mean_at_k=float(right.mean()),
+        completion_tokens_mean=float(completions.lengths.mean()),
+        completion_tokens_max=int(completions.lengths.max()),
+        prompt_tokens_mean=float(np.mean([len(p.tokens) for p in rolled.prompts])),
+        truncated_fraction=float(completions.truncated.mean()),
+        clipped_fraction=mean("clipped_fraction"),
+        grad_norm=mean("grad_norm"),
+        learning_rate=learned[-1].learning_rate,
+        kl=mean("kl") if session.job.train.beta else None,
+        tokens_per_s=float(completions.lengths.sum()) / dt_s,
+        seconds={**phases.seconds, "other": dt_s - sum(phases.seconds.values())},
+        dt_s=dt_s,
+        host_rss_bytes=hbm.host_rss_bytes(),
+        hbm_peak_bytes=max(measured.peak_bytes) if measured else None,
+    )
+
+
+def _log_samples(session: Session, rolled: Rolled) -> None:
+    """The first completions of the step, for a person to read."""
+    for i in range(min(session.job.metrics.samples_per_step, len(rolled.texts))):
+        row = rolled.prompts[i].row
+        parts = " ".join(f"{name}={value[i]:.2f}" for name, value in rolled.scores.items())
+        log.info("sample %d: reward=%.2f %s answer=%s", i, rolled.rewards[i], parts, row.answer)
+        log.info("  ? %s", row.question.replace("\n", "\n  ? "))
+        log.info("  | %s", rolled.texts[i].replace("\n", "\n  | "))

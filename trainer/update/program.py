@@ -1,0 +1,123 @@
+"""The one door to the update: train.py runs it, plan.py compiles it, and both get it from here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jobs.spec import Job
+from trainer.architecture import Architecture
+from trainer.data import Batch
+from trainer.grpo import clipped_objective, kl_k3
+from trainer.model import hidden_states, token_logprobs
+
+State = Any  # a design's own pytree; donated at every step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What an update says of itself.
+
+    Attributes:
+        loss: the weighted loss of all its sequences.
+        entropy: mean entropy of the policy over completion tokens, nats.
+        clipped_fraction: share of completion tokens whose gradient the clip took away.
+        kl: mean k3 estimate over completion tokens, nats; 0 without a reference.
+        grad_norm: global norm of the gradient, before clipping.
+        learning_rate: of this update.
+    """
+
+    loss: float
+    entropy: float
+    clipped_fraction: float
+    kl: float
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update design, ready to run on a mesh.
+
+    Attributes:
+        init: parameters (f32, as `mesh.state_shardings` lays them) -> the first state; takes them.
+        params: state -> the policy's parameters, by reference.
+        step: state and the batch of all sequences -> the next state, what was learned.
+        logprobs: parameters, batch -> f32[batch, completion] of its completion tokens.
+    """
+
+    init: Callable[[Any], State]
+    params: Callable[[State], Any]
+    step: Callable[[State, Batch], tuple[State, Learned]]
+    logprobs: Callable[[Any, Batch], jax.Array]
+
+
+def make_update(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
+    """The update that the job's `update.design` names, for that mesh."""
+    # Imported here: the designs need what this file defines.
+    from trainer.update import reference  # noqa: PLC0415
+
+    return reference.make(job, architecture, mesh)
+
+
+def completion_logprobs(
+    params: Any, batch: Batch, job: Job, architecture: Architecture
+) -> tuple[jax.Array, jax.Array]:
+    """The policy's logprob and entropy at each completion token, f32[batch, completion] both.
+
+    Hidden states are computed for whole sequences, logits for completion positions only.
+    """
+    hidden = hidden_states(
+        params,
+        batch.tokens,
+        architecture,
+        dtype=jnp.dtype(job.update.update_dtype),
+        remat=job.update.remat,
+    )
+    # Completion token t of a sequence lies behind its prompt; the position before it predicts it.
+    # Where a row is too short for t, the mask is 0 and any token of the row will do.
+    offsets = jnp.arange(batch.completion_mask.shape[1])
+    at = jnp.minimum(batch.prompt_lengths[:, None] + offsets, batch.tokens.shape[1] - 1)
+    targets = jnp.take_along_axis(batch.tokens, at, axis=1)
+    before = jnp.take_along_axis(hidden, (at - 1)[..., None], axis=1)
+    dp, fsdp, _ = job.mesh_shape
+    sequences_a_device = max(1, batch.tokens.shape[0] // (dp * fsdp))
+    return token_logprobs(
+        params,
+        before,
+        targets,
+        temperature=job.rollout.temperature or 1.0,
+        chunk=max(1, job.update.loss_chunk_tokens // sequences_a_device),
+    )
+
+
+def loss(
+    params: Any, batch: Batch, job: Job, architecture: Architecture
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The batch's share of the update's loss, and sums over its tokens.
+
+    Returns:
+        f32[], and f32[] sums over completion tokens: entropy, clipped, kl, tokens.
+    """
+    logprobs, entropy = completion_logprobs(params, batch, job, architecture)
+    old = batch.old_logprobs
+    objective = clipped_objective(
+        logprobs,
+        jax.lax.stop_gradient(logprobs) if old is None else old,
+        batch.advantages,
+        clip_low=job.train.clip_low,
+        clip_high=job.train.clip_high,
+    )
+    per_token = objective.loss
+    kl = jnp.zeros_like(per_token)
+    if batch.ref_logprobs is not None:
+        kl = kl_k3(logprobs, batch.ref_logprobs)
+        per_token = per_token + job.train.beta * kl
+    mask = batch.completion_mask
+    sums = {"entropy": entropy, "clipped": objective.clipped, "kl": kl, "tokens": mask}
+    return jnp.sum(per_token * batch.weights), {
+        name: jnp.sum(value * mask) for name, value in sums.items()
+    }

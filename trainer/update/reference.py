@@ -1,0 +1,126 @@
+"""The reference update: plain autodiff over f32 parameters, one jitted program a micro-batch.
+
+The SOP's own state: f32 parameters, f32 moments, and an f32 gradient accumulator that lives between
+micro-batches. It is kept for ever as the numerical reference of the other designs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jobs.spec import Job
+from trainer.architecture import Architecture
+from trainer.data import Batch
+from trainer.mesh import abstract_params, by_sequence, replicated, state_shardings
+from trainer.update import optimizer as optimizers
+from trainer.update.program import Learned, Update, completion_logprobs, loss
+
+_SUMS = ("loss", "entropy", "clipped", "kl", "tokens")
+
+
+class ReferenceState(NamedTuple):
+    """The state between micro-batches.
+
+    Attributes:
+        params: the parameter tree, f32.
+        moments: optax's state.
+        gradients: the accumulator, f32, in the shape of params.
+        sums: f32[] each, over the micro-batches so far of this update.
+        updates: i32[], optimizer applications so far.
+    """
+
+    params: Any
+    moments: Any
+    gradients: Any
+    sums: Any
+    updates: Any
+
+
+def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> ReferenceState:
+    """The state as shapes, dtypes and shardings, with no memory behind it."""
+    params = abstract_params(mesh, architecture, jnp.float32)
+    everywhere = replicated(mesh)
+    moments, _ = optimizers.state_shardings(
+        job, params, state_shardings(mesh, architecture), everywhere
+    )
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+    return ReferenceState(
+        params=params,
+        moments=moments,
+        gradients=params,
+        sums={name: scalar(jnp.float32) for name in _SUMS},
+        updates=scalar(jnp.int32),
+    )
+
+
+def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
+    """The reference design of `program.Update`."""
+    optimizer = optimizers.optimizer(job)
+    rate = optimizers.learning_rate(job)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(job, architecture, mesh))
+    everywhere = replicated(mesh)
+
+    def init(params: Any) -> ReferenceState:
+        return ReferenceState(
+            params=params,
+            moments=optimizer.init(params),
+            gradients=jax.tree.map(jnp.zeros_like, params),
+            sums={name: jnp.float32(0) for name in _SUMS},
+            updates=jnp.int32(0),
+        )
+
+    def micro_step(
+        state: ReferenceState, batch: Batch, *, last: jax.Array
+    ) -> tuple[ReferenceState, jax.Array]:
+        (value, sums), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, batch, job, architecture
+        )
+        state = state._replace(
+            gradients=jax.tree.map(jnp.add, state.gradients, gradients),
+            sums=jax.tree.map(jnp.add, state.sums, {"loss": value, **sums}),
+        )
+        return jax.lax.cond(last, apply, lambda s: (s, jnp.float32(0)), state)
+
+    def apply(state: ReferenceState) -> tuple[ReferenceState, jax.Array]:
+        changes, moments = optimizer.update(state.gradients, state.moments, state.params)
+        return state._replace(
+            params=optax.apply_updates(state.params, changes),
+            moments=moments,
+            gradients=jax.tree.map(jnp.zeros_like, state.gradients),
+            updates=state.updates + 1,
+        ), optimizers.global_norm(state.gradients)
+
+    jitted = jax.jit(micro_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    jitted_init = jax.jit(init, donate_argnums=0, out_shardings=shardings)
+    zero_sums = jax.jit(lambda: dict.fromkeys(_SUMS, jnp.float32(0)), out_shardings=everywhere)
+    jitted_logprobs = jax.jit(lambda p, b: completion_logprobs(p, b, job, architecture)[0])
+
+    def step(state: ReferenceState, batch: Batch) -> tuple[ReferenceState, Learned]:
+        state = state._replace(sums=zero_sums())
+        norm: Any = 0.0
+        micro_batches = list(batch.micro_batches(job.micro_batch_size))
+        for number, part in enumerate(micro_batches, start=1):
+            placed = jax.device_put(part, by_sequence(mesh))
+            state, norm = jitted(state, placed, last=jnp.bool_(number == len(micro_batches)))
+        sums = {name: float(value) for name, value in state.sums.items()}
+        tokens = max(sums["tokens"], 1.0)
+        return state, Learned(
+            loss=sums["loss"],
+            entropy=sums["entropy"] / tokens,
+            clipped_fraction=sums["clipped"] / tokens,
+            kl=sums["kl"] / tokens,
+            grad_norm=float(norm),
+            learning_rate=float(jnp.asarray(rate(int(state.updates) - 1))),
+        )
+
+    def logprobs(params: Any, batch: Batch) -> jax.Array:
+        parts = [
+            jitted_logprobs(params, jax.device_put(part, by_sequence(mesh)))
+            for part in batch.micro_batches(job.micro_batch_size)
+        ]
+        return jnp.concatenate(parts)
+
+    return Update(init=jitted_init, params=lambda s: s.params, step=step, logprobs=logprobs)
