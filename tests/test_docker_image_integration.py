@@ -110,6 +110,22 @@ def test_a_change_of_code_builds_one_small_layer_and_keeps_the_dependencies(
         engine.docker("image", "rm", "--force", changed)
 
 
+def test_the_tpu_stage_adds_tpu_info_to_the_same_packages(headroom_image: Image):
+    script = REPOSITORY / "docker" / "build_image.sh"
+    tag = "headroom-test:tpu"
+    built = headroom_image.engine.run(script, "tpu", headroom_image.base, tag)
+    assert built.returncode == 0, built.stderr
+    cpu, tpu = config(headroom_image, headroom_image.tag), config(headroom_image, tag)
+    # All but the last layer of cpu, the project's wheel, are below those of tpu.
+    shared = len(cpu["RootFS"]["Layers"]) - 1
+    assert tpu["RootFS"]["Layers"][:shared] == cpu["RootFS"]["Layers"][:shared]
+    assert tpu["Config"]["Entrypoint"] == cpu["Config"]["Entrypoint"]
+    # No chips here: that it says so shows that it runs.
+    assert "No TPU chips found" in headroom_image.engine.docker(
+        "run", "--rm", "--network=none", "--entrypoint=tpu-info", tag
+    )
+
+
 def test_a_base_that_cannot_be_pulled_is_refused_with_the_ways_out(headroom_image):
     # A name that no resolver answers (RFC 2606), so nothing leaves the machine.
     script = REPOSITORY / "docker" / "build_image.sh"
