@@ -7,6 +7,7 @@ stdout is the result, stderr the progress; `--json` is for programs.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from jobs.spec import Job
     from runner.archive import RunDir
 
+
+@dataclass(frozen=True)
+class World:
+    """What the commands reach outside of Python for: `main(obj=World(...))` hands in another.
+
+    Attributes:
+        trainer: the program of the process way; None: the trainer beside this runner.
+    """
+
+    trainer: tuple[str, ...] | None = None
+
+
+_world = click.make_pass_decorator(World, ensure=True)
 _runs = click.option(
     "--runs",
     type=click.Path(file_okay=False, path_type=Path),
@@ -62,11 +76,17 @@ def main() -> None:
     help="auto: Docker when a daemon answers, else a process.",
 )
 @click.option(
-    "--verb", type=click.Choice(["train", "evaluate"]), default="train", show_default=True
+    "--verb",
+    type=click.Choice(["train", "evaluate"]),
+    default="train",
+    show_default=True,
+    help="What the trainer does with the job.",
 )
 @_runs
 @_json
+@_world
 def run(  # noqa: PLR0913 - click hands in each option by its name
+    world: World,
     *,
     job_file: Path,
     overrides: tuple[str, ...],
@@ -97,7 +117,8 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         ) as made:
             _say(f"run directory: {made.path}")
             out = _raw("stderr" if as_json else "stdout")
-            manifest = launch.launch(made, job, client=client, out=out, say=_say)
+            trainer = launch.TRAINER if world.trainer is None else world.trainer
+            manifest = launch.launch(made, job, client=client, out=out, say=_say, trainer=trainer)
     except (launch.HostNotFit, OSError) as error:
         raise Refused(str(error)) from error
     sys.exit(_conclude(made, manifest, as_json=as_json))
@@ -128,9 +149,10 @@ def show(*, name: str, runs: Path, as_json: bool) -> None:
 @_runs
 @_json
 def status(*, number: int, runs: Path, as_json: bool) -> None:
-    """List what runs now and what ran last, checked against this machine and Docker.
+    """List what runs now and what ran last, as it truly is.
 
-    The archive of a run whose runner was killed is finished here.
+    Checked against this machine and Docker; the archive of a run whose runner was killed is
+    finished here.
 
     \b
     headroom status --json
@@ -177,7 +199,9 @@ def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
 @_runs
 @_json
 def cancel(*, name: str, runs: Path, as_json: bool) -> None:
-    """Stop a run: SIGTERM, SIGKILL after container.stop_grace_s, and the archive is finished.
+    """Stop a run and finish its archive.
+
+    SIGTERM first, SIGKILL after container.stop_grace_s.
 
     \b
     headroom cancel latest

@@ -45,7 +45,10 @@ class ProcessTask:
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(seconds)
-        return self.ended()
+        status = self.ended()
+        if status is not None and self._child is not None:
+            self._child.wait()  # its record is written: it ends now
+        return status
 
     def stop(self, number: int) -> None:
         """Pass on a signal to the trainer."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
@@ -53,10 +54,17 @@ def short_commit(commit: str | None) -> str:
 
 
 def installed_packages() -> dict[str, str]:
-    """Version by distribution name of the Python that runs this, and a trainer in a process."""
+    """Version by distribution name of the Python that runs this, and a trainer in a process.
+
+    Names are in the form of lock files (PEP 503), as a container's are.
+    """
     # A broken installation can leave a distribution without a name.
-    found = {str(d.name): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    found = {_canonical(d.name): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items()))
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def host() -> dict[str, str | int]:

@@ -1,0 +1,383 @@
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from fakes import headroom, trainer, write_job
+
+from jobs.records import Manifest
+from runner.cli import World, main
+
+WAIT_FOR_IT = "import time; print('up', flush=True); time.sleep(600)"
+STOPS = (
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
+    "print('up', flush=True)\n"
+    "time.sleep(600)\n"
+)
+STUBBORN = (
+    "import signal, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "print('up', flush=True)\n"
+    "time.sleep(600)\n"
+)
+# A trainer that says so when it ends, once it is told to (the file "go" beside the runs).
+TOLD = (
+    "import pathlib, time\n"
+    "print('up', flush=True)\n"
+    "while not pathlib.Path('../../go').exists(): time.sleep(0.01)\n"
+    "for i in range(1000): print(i)\n"
+    "raise SystemExit(3)\n"
+)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts `headroom run` with a stand-in trainer and waits until that is up."""
+    made = []
+
+    def start(code, *, more="", arguments=()):
+        job = write_job(tmp_path, more)
+        argv = headroom(code, "run", job, "--where", "process", *arguments)
+        runner = subprocess.Popen(
+            argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        made.append(runner)
+        if "--json" not in arguments:
+            assert runner.stdout.readline() == "up\n"
+        return runner
+
+    yield start
+    for runner in made:
+        with contextlib.suppress(ProcessLookupError):
+            runner.kill()
+        runner.communicate()
+    for process_file in tmp_path.glob("runs/*/process.json"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(json.loads(process_file.read_text())["pid"], signal.SIGKILL)
+
+
+def manifest_in(folder):
+    (path,) = folder.glob("runs/*/manifest.json")
+    return Manifest.model_validate_json(path.read_text())
+
+
+def log_in(folder):
+    (path,) = folder.glob("runs/*/run.log")
+    return path.read_text()
+
+
+def call(folder, command, *arguments, code="pass"):
+    """One command to its end, in this process."""
+    runs = () if "--runs" in arguments else ("--runs", folder / "runs")
+    argv = [str(a) for a in (command, *arguments, *runs)]
+    return CliRunner().invoke(main, argv, obj=World(trainer=trainer(code)))
+
+
+def until(condition, *, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "ours"),
+    [("pass", 0, 0), ("raise SystemExit(1)", 1, 1), ("raise SystemExit(3)", 3, 5)],
+)
+def test_a_run_tells_its_end_in_log_manifest_terminal_and_exit_code(tmp_path, code, number, ours):
+    done = call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=code)
+    assert done.exit_code == ours, done.stderr
+    manifest = manifest_in(tmp_path)
+    assert manifest.exit_status.code == number
+    lines = done.stdout.splitlines()
+    assert f"exit_status={number}" in lines
+    assert lines[-1] == f"run directory: {tmp_path}/runs/{manifest.run}"
+    assert "running in a process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+@pytest.mark.parametrize("job", [STOPS, WAIT_FOR_IT], ids=["handles", "dies"])
+def test_a_signal_stops_the_job_and_the_archive_is_finished(started, tmp_path, number, code, job):
+    runner = started(job)
+    runner.send_signal(number)
+    out, _ = runner.communicate(timeout=30)
+    assert runner.returncode == code
+    status = manifest_in(tmp_path).exit_status
+    assert (status.code, status.reason) == (code, "interrupted")
+    assert f"exit_status={code}\n" in out
+    assert log_in(tmp_path).endswith(f"\nexit_status={code}\n")
+    assert manifest_in(tmp_path).log_sha256 is not None
+
+
+def test_a_job_that_will_not_stop_is_killed_after_the_grace(started, tmp_path):
+    runner = started(STUBBORN, more="container:\n  stop_grace_s: 1\n")
+    begin = time.monotonic()
+    runner.terminate()
+    runner.communicate(timeout=30)
+    assert time.monotonic() - begin >= 1
+    assert runner.returncode == 143
+    status = manifest_in(tmp_path).exit_status
+    assert (status.code, status.signal, status.reason) == (137, "SIGKILL", "interrupted")
+
+
+def test_a_second_ctrl_c_kills_at_once(started, tmp_path):
+    runner = started(STUBBORN, more="container:\n  stop_grace_s: 600\n")
+    runner.send_signal(signal.SIGINT)
+    while "SIGINT: the job is asked to stop" not in runner.stderr.readline():
+        pass
+    runner.send_signal(signal.SIGINT)
+    runner.communicate(timeout=30)
+    assert runner.returncode == 130
+    assert manifest_in(tmp_path).exit_status.code == 137
+
+
+def test_a_killed_job_is_told_with_its_signal(started, tmp_path):
+    runner = started(WAIT_FOR_IT)
+    os.kill(manifest_in(tmp_path).pid, signal.SIGKILL)
+    runner.communicate(timeout=30)
+    status = manifest_in(tmp_path).exit_status
+    assert (status.code, status.signal, status.reason) == (137, "SIGKILL", "failed")
+    assert runner.returncode in (4, 5)
+
+
+def test_after_sigkill_of_the_runner_the_job_goes_on_and_status_tells_the_truth(started, tmp_path):
+    runner = started(TOLD)
+    runner.kill()
+    runner.communicate()
+    (before,) = json.loads(call(tmp_path, "status", "--json").stdout)
+    assert (before["state"], before["exit_status"]) == ("running", None)
+    assert (tmp_path / "logs" / "stand-in_latest.log").read_text() == "up\n"
+    (tmp_path / "go").touch()
+    until(lambda: list(tmp_path.glob("runs/*/exit.json")))
+    (after,) = json.loads(call(tmp_path, "status", "--json").stdout)
+    assert after["state"] == "finished"
+    assert after["exit_status"]["code"] == 3
+    expected = "up\n" + "".join(f"{i}\n" for i in range(1000)) + "exit_status=3\n"
+    assert log_in(tmp_path) == expected
+    assert (tmp_path / "logs" / "stand-in_latest.log").read_text() == expected
+
+
+def test_a_run_of_which_nobody_saw_the_end_is_lost(started, tmp_path):
+    runner = started(WAIT_FOR_IT)
+    known = json.loads(next(tmp_path.glob("runs/*/process.json")).read_text())
+    for pid in (runner.pid, known["supervisor_pid"], known["pid"]):
+        os.kill(pid, signal.SIGKILL)
+    runner.communicate()
+    # The orphan is reaped by init, not by us.
+    until(lambda: json.loads(call(tmp_path, "status", "--json").stdout)[0]["exit_status"])
+    assert manifest_in(tmp_path).state == "lost"
+    assert log_in(tmp_path) == "up\nexit_status=lost\n"
+    shown = call(tmp_path, "show", "latest")
+    assert "lost" in shown.stdout
+
+
+def test_a_run_of_another_machine_is_left_as_it_is(started, tmp_path):
+    runner = started(WAIT_FOR_IT)
+    runner.kill()
+    runner.communicate()
+    (path,) = tmp_path.glob("runs/*/manifest.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "host": {**record["host"], "name": "elsewhere"}}))
+    done = call(tmp_path, "status", "--json")
+    assert json.loads(done.stdout)[0]["state"] == "running"
+    assert "it runs on elsewhere" in done.stderr
+    refused = call(tmp_path, "cancel", "latest")
+    assert refused.exit_code == 1
+    assert "elsewhere" in refused.stderr
+
+
+@pytest.mark.parametrize("runner_lives", [True, False])
+def test_cancel_stops_the_job_and_finishes_the_archive(started, tmp_path, runner_lives):
+    runner = started(STOPS)
+    if not runner_lives:
+        runner.kill()
+        runner.communicate()
+    done = call(tmp_path, "cancel", "latest")
+    assert done.exit_code == 0, done.stderr
+    assert "has been stopped: interrupted (143)" in done.stdout
+    assert manifest_in(tmp_path).exit_status.code == 143
+    assert log_in(tmp_path) == "up\nexit_status=143\n"
+    if runner_lives:
+        runner.communicate(timeout=30)
+        assert runner.returncode == 143
+    again = call(tmp_path, "cancel", "latest", "--json")
+    assert json.loads(again.stdout)["exit_status"]["code"] == 143
+    assert "had already ended" in call(tmp_path, "cancel", "latest").stdout
+
+
+def test_cancel_kills_what_will_not_stop(started, tmp_path):
+    started(STUBBORN, more="container:\n  stop_grace_s: 1\n")
+    done = call(tmp_path, "cancel", "latest")
+    assert "interrupted (137, SIGKILL)" in done.stdout
+
+
+def test_logs_follow_a_run_to_its_end_even_without_its_runner(started, tmp_path):
+    runner = started(TOLD)
+    runner.kill()
+    runner.communicate()
+    reader = subprocess.Popen(
+        headroom("pass", "logs", "latest", "-f"), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdout.readline() == "up\n"
+    (tmp_path / "go").touch()
+    out, _ = reader.communicate(timeout=60)
+    assert reader.returncode == 0
+    assert out == "".join(f"{i}\n" for i in range(1000)) + "exit_status=3\n"
+
+
+def test_logs_print_the_last_lines_as_tail_does(tmp_path):
+    code = "import os\nfor i in range(1000): os.write(1, b'\\xff%d\\n' % (i * 10**60))"
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=code)
+    log = next(tmp_path.glob("runs/*/run.log"))
+    for number in (0, 1, 2, 3, 1000, 1002, 5000):
+        argv = ["tail", f"-n{number}", log]
+        expected = subprocess.run(argv, capture_output=True, check=True).stdout
+        assert call(tmp_path, "logs", "latest", "-n", number).stdout_bytes == expected
+    assert call(tmp_path, "logs", "latest").stdout_bytes == log.read_bytes()
+
+
+STEP = {
+    "step": 0, "loss": 0.25, "entropy": 1.5, "reward_mean": 0.75, "reward_std": 0.5,
+    "rewards": {"correct": 0.5}, "pass_at_1": 0.5, "pass_at_k": 1.0, "mean_at_k": 0.5,
+    "completion_tokens_mean": 31.0, "completion_tokens_max": 64, "prompt_tokens_mean": 200.0,
+    "truncated_fraction": 0.0, "clipped_fraction": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6,
+    "kl": None, "tokens_per_s": 12.5, "seconds": {"rollout": 2.0}, "dt_s": 3.5,
+    "host_rss_bytes": 1, "hbm_peak_bytes": None,
+}  # fmt: skip
+FAILURE = {"kind": "ValueError", "message": "loss is nan", "phase": "update", "step": 1}
+WRITES = (
+    "import pathlib, json\n"
+    f"line = json.dumps({STEP!r})\n"
+    "pathlib.Path('steps.jsonl').write_text(line + '\\n' + line[:40])\n"
+    f"pathlib.Path('failure.json').write_text(json.dumps({FAILURE!r}))\n"
+    "raise SystemExit(70)\n"
+)
+
+
+def test_show_tells_what_ran_its_whole_steps_and_why_it_failed(tmp_path):
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=WRITES)
+    text = call(tmp_path, "show", "latest").stdout
+    for part in ("stand-in (train)", "failed (70)", "0.2500", "0.750", "12.5", "loss is nan"):
+        assert part in text
+    data = json.loads(call(tmp_path, "show", "latest", "--json").stdout)
+    assert set(data) == {
+        "run", "path", "manifest", "job", "steps", "evaluations", "failure", "diagnosis",
+    }  # fmt: skip
+    assert data["steps"] == [STEP]
+    assert data["evaluations"] == []
+    assert data["failure"] == FAILURE
+    assert data["job"]["name"] == "stand-in"
+    assert Manifest.model_validate(data["manifest"]).exit_status.code == 70
+
+
+def test_run_as_json_prints_one_object_and_the_log_elsewhere(tmp_path):
+    job = write_job(tmp_path)
+    done = call(tmp_path, "run", job, "--where", "process", "--json", code="print('in the log')")
+    data = json.loads(done.stdout)
+    assert data["manifest"]["exit_status"] == {
+        "code": 0, "signal": None, "oom_killed": False, "reason": "done",
+    }  # fmt: skip
+    assert Path(data["path"], "run.log").read_text() == "in the log\nexit_status=0\n"
+    assert "in the log" in done.stderr
+
+
+def test_runs_and_logs_lie_where_they_are_told_to(tmp_path):
+    job = write_job(tmp_path)
+    call(tmp_path, "run", job, "--where", "process", "--runs", tmp_path / "else where/runs")
+    assert list(tmp_path.glob("else where/runs/*/manifest.json"))
+    assert (tmp_path / "else where/logs/stand-in_latest.log").is_file()
+    assert not (tmp_path / "runs").exists()
+    (listed,) = json.loads(
+        call(tmp_path, "status", "--json", "--runs", tmp_path / "else where/runs").stdout
+    )
+    assert listed["job"] == "stand-in"
+
+
+def test_overrides_and_the_sops_names_reach_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCH_SIZE", "6")
+    monkeypatch.setenv("NUM_PRE_Q", "2")
+    job = write_job(tmp_path)
+    call(tmp_path, "run", job, "--where", "process", "--set", "steps=0", "--from-env")
+    given = json.loads(next(tmp_path.glob("runs/*/job.json")).read_text())
+    assert (given["steps"], given["rollout"]["prompts_per_step"]) == (0, 6)
+    assert given["rollout"]["group_size"] == 2
+
+
+def test_without_an_option_runs_lie_in_the_current_folder(tmp_path):
+    argv = headroom("pass", "run", write_job(tmp_path), "--where", "process")
+    subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)
+    assert list(tmp_path.glob("runs/*/manifest.json"))
+    assert (tmp_path / "logs/stand-in_latest.log").read_text() == "exit_status=0\n"
+
+
+def test_five_mistakes_are_five_lines_and_nothing_is_left_behind(tmp_path):
+    job = tmp_path / "bad.yaml"
+    job.write_text(
+        "nmae: x\nname: bad\naccelerator: v4-9\nmodel: tiny\nsteps: -1\n"
+        "train: {learning_rate: fast}\nrollout: {top_p: 2}\n"
+    )
+    done = CliRunner().invoke(main, ["run", str(job), "--runs", str(tmp_path / "runs")])
+    assert done.exit_code == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("Error: ") for line in lines)
+    for word in ("nmae", "v4-9", "-1", "fast", "top_p"):
+        assert word in done.stderr
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "logs", "cancel"])
+def test_a_run_that_is_not_there_is_one_line(tmp_path, command):
+    done = CliRunner().invoke(main, [command, "nope", "--runs", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: no run 'nope'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_option_is_a_usage_error():
+    assert CliRunner().invoke(main, ["run", "x.yaml", "--where", "moon"]).exit_code == 2
+
+
+def test_a_broken_manifest_does_not_hide_the_other_runs(tmp_path):
+    for _ in range(2):
+        call(tmp_path, "run", write_job(tmp_path), "--where", "process")
+    newest = max(tmp_path.glob("runs/*/manifest.json"))
+    newest.write_text("{")
+    done = call(tmp_path, "status", "--json")
+    assert len(json.loads(done.stdout)) == 1
+    assert str(newest) in done.stderr
+
+
+def test_help_waits_for_neither_docker_nor_jax():
+    code = (
+        "import sys\n"
+        "from runner.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "slow = {'docker', 'jax', 'pydantic', 'rich', 'requests'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_help_ends_with_an_example_of_its_command(name):
+    command = main.commands[name]
+    example = command.help.rpartition("\b")[2].split("\n")
+    assert any(line.strip().startswith(f"headroom {name}") for line in example)
+    shown = CliRunner().invoke(main, [name, "--help"])
+    assert shown.exit_code == 0
+    assert isinstance(command, click.Command)
+    assert all(p.help for p in command.params if isinstance(p, click.Option))

@@ -1,0 +1,297 @@
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fakes import trainer, write_job
+
+from jobs.spec import load
+from runner import archive, launch
+from runner.container import NoDaemonError
+from runner.process import ProcessTask
+from runner.provenance import Checkout
+from runner.supervise import start_ticks
+
+CODE = Checkout(commit=None, dirty=None)
+SECRET = "s3cr3t-value-of-a-test"  # noqa: S105 - of nothing
+
+
+def run_code(folder, code, *, more="", out=None, verb="train", says=None):
+    """Run a stand-in trainer to its end; gives its run directory and manifest."""
+    job = load(write_job(folder, more))
+    with archive.create(job, verb=verb, where="process", runs=folder / "runs", code=CODE) as run:
+        says = [] if says is None else says
+        stream = io.BytesIO() if out is None else out
+        manifest = launch.launch(
+            run, job, client=None, out=stream, say=says.append, trainer=trainer(code)
+        )
+    return run, manifest
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "name", "reason"),
+    [
+        ("pass", 0, None, "done"),
+        ("import sys; sys.exit(1)", 1, None, "refused"),
+        ("import sys; sys.exit(3)", 3, None, "failed"),
+        ("import sys; sys.exit(134)", 134, None, "failed"),
+        ("import sys; sys.exit(137)", 137, None, "failed"),
+        ("import os; os.abort()", 134, "SIGABRT", "failed"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "SIGKILL", "failed"),
+        ("import os; os.kill(os.getpid(), 11)", 139, "SIGSEGV", "failed"),
+        ("import os; os.kill(os.getpid(), 15)", 143, "SIGTERM", "interrupted"),
+        ("import sys; sys.exit(130)", 130, None, "interrupted"),
+    ],
+)
+def test_the_true_status_stands_in_manifest_and_log(tmp_path, code, number, name, reason):
+    run, manifest = run_code(tmp_path, code)
+    status = manifest.exit_status
+    assert (status.code, status.signal, status.reason) == (number, name, reason)
+    assert run.log_file.read_bytes().splitlines()[-1] == b"exit_status=%d" % number
+    assert manifest.state == "finished"
+    assert not status.oom_killed
+
+
+def test_code_1_after_an_exception_is_a_failure_not_a_refusal(tmp_path):
+    code = "import sys, pathlib; pathlib.Path('failure.json').write_text('{}'); sys.exit(1)"
+    _, manifest = run_code(tmp_path, code)
+    assert manifest.exit_status.reason == "failed"
+
+
+def test_the_trainer_is_given_its_verb_and_the_job_by_its_whole_path(tmp_path):
+    run, manifest = run_code(tmp_path, "import sys; print(*sys.argv[1:], sep='|')", verb="evaluate")
+    assert run.log_file.read_text() == f"evaluate|{run.path}/job.json\nexit_status=0\n"
+    assert manifest.command[-2:] == ["evaluate", str(run.path / "job.json")]
+
+
+def test_the_default_trainer_is_the_one_beside_this_runner():
+    assert list(launch.TRAINER) == [sys.executable, "-P", "-m", "trainer"]
+    assert (launch.CODE / "trainer" / "__init__.py").is_file()
+
+
+def test_a_log_of_200000_lines_is_whole_in_the_file_and_on_the_terminal(tmp_path):
+    out = io.BytesIO()
+    run, _ = run_code(tmp_path, "for i in range(200000): print(i)", out=out)
+    expected = b"".join(b"%d\n" % i for i in range(200000)) + b"exit_status=0\n"
+    assert run.log_file.read_bytes() == expected
+    assert out.getvalue() == expected
+
+
+def test_bytes_that_are_no_text_and_progress_bars_stay_as_they_are(tmp_path):
+    raw = bytes(range(256)) + b"\r 50%\r100%\x1b[0m no newline"
+    out = io.BytesIO()
+    run, _ = run_code(tmp_path, f"import os; os.write(1, {raw!r})", out=out)
+    assert run.log_file.read_bytes() == raw + b"\nexit_status=0\n"
+    assert out.getvalue() == run.log_file.read_bytes()
+
+
+def test_output_and_errors_are_one_log_in_order(tmp_path):
+    code = "import os\nfor i in range(100): os.write(1 + i % 2, b'%d\\n' % i)"
+    run, _ = run_code(tmp_path, code)
+    assert run.log_file.read_text().split()[:-1] == [str(i) for i in range(100)]
+
+
+class Slow(io.RawIOBase):
+    """A terminal that nobody reads until told to."""
+
+    def __init__(self, until):
+        self.until, self.got = until, b""
+
+    def write(self, data):
+        assert self.until.wait(60)
+        self.got += bytes(data)
+        return len(data)
+
+
+def test_a_reader_that_does_not_read_holds_up_neither_job_nor_archive(tmp_path):
+    read = threading.Event()
+    out = Slow(read)
+
+    def read_once_finished():
+        while not list(tmp_path.glob("runs/*/manifest.json")):
+            time.sleep(0.01)
+        while '"exit_status": {' not in next(tmp_path.glob("runs/*/manifest.json")).read_text():
+            time.sleep(0.01)
+        read.set()
+
+    reader = threading.Thread(target=read_once_finished)
+    reader.start()
+    run, _ = run_code(tmp_path, "print('x' * 3_000_000)", out=out)
+    reader.join()
+    assert out.got == run.log_file.read_bytes()
+    assert len(out.got) > 3_000_000
+
+
+class Broken(io.RawIOBase):
+    def write(self, _):
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away_does_not_end_the_job(tmp_path):
+    run, manifest = run_code(tmp_path, "print('a')\nprint('b')", out=Broken())
+    assert manifest.exit_status.reason == "done"
+    assert run.log_file.read_text() == "a\nb\nexit_status=0\n"
+
+
+def test_the_job_sees_the_places_of_this_machine_and_no_more():
+    told = {
+        "PATH": "/bin", "HOME": "/root", "LANG": "C", "LC_ALL": "C.UTF-8", "XDG_CACHE_HOME": "/c",
+        "HF_HOME": "/hf", "SSL_CERT_FILE": "/ca", "https_proxy": "http://p", "NO_PROXY": "x",
+        "HF_TOKEN": "t", "BATCH_SIZE": "32", "SGLANG_JAX_PAGE_SIZE": "1", "WANDB_API_KEY": "w",
+        "PYTHONPATH": "/theirs", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "-x", "LD_PRELOAD": "/x",
+    }  # fmt: skip
+    seen = launch.process_environment(told, ["HF_TOKEN", "NOT_SET"])
+    ours = {"PYTHONPATH": str(launch.CODE), "PYTHONUNBUFFERED": "1"}
+    kept = (
+        "PATH HOME LANG LC_ALL XDG_CACHE_HOME HF_HOME SSL_CERT_FILE https_proxy NO_PROXY HF_TOKEN"
+    )
+    assert seen == {name: told[name] for name in kept.split()} | ours
+    inside = launch.container_environment(told, ["HF_TOKEN", "NOT_SET"])
+    assert inside == {name: told[name] for name in ("https_proxy", "NO_PROXY", "HF_TOKEN")}
+
+
+def test_a_secret_reaches_the_job_and_no_file_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADROOM_TEST_TOKEN", SECRET)
+    monkeypatch.setenv("BATCH_SIZE", SECRET)
+    code = (
+        "import os; print(len(os.environ['HEADROOM_TEST_TOKEN']), 'BATCH_SIZE' in os.environ, "
+        "sorted(os.environ))"
+    )
+    more = "container:\n  pass_env: [HEADROOM_TEST_TOKEN]\n"
+    run, manifest = run_code(tmp_path, code, more=more)
+    assert run.log_file.read_text().startswith(f"{len(SECRET)} False ")
+    assert SECRET not in str(manifest)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 6
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_name_without_a_value_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("HEADROOM_TEST_TOKEN", raising=False)
+    says = []
+    more = "container:\n  pass_env: [HEADROOM_TEST_TOKEN]\n"
+    run_code(tmp_path, "pass", more=more, says=says)
+    assert any("HEADROOM_TEST_TOKEN is not set here" in said for said in says)
+
+
+def test_what_the_job_leaves_running_is_ended_with_it(tmp_path):
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+    )
+    run, _ = run_code(tmp_path, code)
+    left = int(run.log_file.read_text().split()[0])
+    deadline = time.monotonic() + 10
+    while start_ticks(left) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert start_ticks(left) is None
+
+
+@pytest.mark.parametrize("name", ["with space", "quo'te\"s", "new\nline", "-rf $HOME `true`"])
+def test_a_run_directory_of_any_name_works(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    run, manifest = run_code(folder, "import sys; print(open(sys.argv[2]).read())")
+    assert manifest.exit_status.code == 0
+    assert run.job_file.read_text() in run.log_file.read_text()
+
+
+def test_a_program_that_is_not_there_is_status_127(tmp_path):
+    job = load(write_job(tmp_path))
+    runs = tmp_path / "runs"
+    with archive.create(job, verb="train", where="process", runs=runs, code=CODE) as run:
+        out = io.BytesIO()
+        manifest = launch.launch(
+            run, job, client=None, out=out, say=str, trainer=["/nowhere/python"]
+        )
+    assert manifest.exit_status.code == 127
+    assert b"/nowhere/python" in out.getvalue()
+
+
+def start_sleeper(folder):
+    job = load(write_job(folder))
+    runs = folder / "runs"
+    code = "import time; print('up', flush=True); time.sleep(600)"
+    with archive.create(job, verb="train", where="process", runs=runs, code=CODE) as run:
+        task = launch.start(run, job, client=None, trainer=trainer(code))
+    return run, task
+
+
+def test_a_run_whose_supervisor_was_killed_runs_until_its_trainer_is_gone_then_it_is_lost(tmp_path):
+    run, task = start_sleeper(tmp_path)
+    known = run.read_json(run.process_file)
+    other = ProcessTask(run)
+    os.kill(known["supervisor_pid"], signal.SIGKILL)
+    assert task.wait(0.2) is None
+    assert other.ended() is None
+    other.kill()
+    while (status := other.wait(0.01)) is None:
+        pass
+    assert status.reason == "lost"
+
+
+@pytest.mark.parametrize("change", [{"ticks": 1, "supervisor_ticks": 1}, {"boot_id": "other"}])
+def test_a_process_that_only_has_the_same_number_is_not_the_jobs_and_is_not_hit(tmp_path, change):
+    run, task = start_sleeper(tmp_path)
+    known = run.read_json(run.process_file)
+    try:
+        archive.write_whole(run.process_file, __import__("json").dumps({**known, **change}))
+        other = ProcessTask(run)
+        assert other.ended().reason == "lost"
+        other.stop(signal.SIGTERM)
+        other.kill()
+        assert start_ticks(known["pid"]) == known["ticks"]
+    finally:
+        task.kill()
+        while task.wait(0.01) is None:
+            pass
+
+
+def test_the_jobs_process_is_in_a_session_of_its_own_and_its_times_are_the_kernels(tmp_path):
+    run, task = start_sleeper(tmp_path)
+    known = run.read_json(run.process_file)
+    try:
+        told = subprocess.run(
+            ["ps", "-o", "sid=,pgid=", "-p", str(known["pid"])],
+            capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        assert told == [str(known["supervisor_pid"]), str(known["pid"])]
+        assert os.getsid(0) != known["supervisor_pid"]
+        stat = Path(f"/proc/{known['pid']}/stat").read_text()
+        assert known["ticks"] == int(re.sub(r".*\)", "", stat).split()[19])
+    finally:
+        task.kill()
+        while task.wait(0.01) is None:
+            pass
+
+
+def no_daemon():
+    raise NoDaemonError("no Docker daemon answers at unix:///nowhere")
+
+
+def test_without_a_daemon_auto_takes_a_process_and_says_so(tmp_path):
+    job = load(write_job(tmp_path))
+    client, why = launch.place("auto", job, connect=no_daemon)
+    assert client is None
+    assert "unix:///nowhere" in why
+
+
+def test_docker_asked_for_and_not_there_is_one_error_with_the_way_out(tmp_path):
+    job = load(write_job(tmp_path))
+    with pytest.raises(launch.HostNotFit, match=r"unix:///nowhere.*--where process"):
+        launch.place("docker", job, connect=no_daemon)
+
+
+def test_a_process_asked_for_asks_no_daemon(tmp_path):
+    def fail():
+        raise AssertionError
+
+    job = load(write_job(tmp_path))
+    assert launch.place("process", job, connect=fail)[0] is None
