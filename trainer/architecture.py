@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from trainer.refusal import Refusal
+
 Family = Literal["llama", "qwen2", "qwen3"]
 Path = tuple[str, ...]
 
@@ -21,7 +23,7 @@ CLASSES = {
 SUPPORTED = "supported: llama, qwen2, qwen3 (dense decoders)"
 
 
-class ModelError(ValueError):
+class ModelError(Refusal):
     """A model cannot be had or used: what was asked, what was found, what is possible instead."""
 
 
