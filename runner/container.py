@@ -10,6 +10,7 @@ container, whoever may talk to that daemon can read them back (`docker inspect`)
 
 import contextlib
 import io
+import os
 import re
 import signal
 import tarfile
@@ -34,11 +35,13 @@ from runner.provenance import NO_COMMIT
 # docker/Dockerfile installs these, and nothing else, into the trainer's environment.
 _LOCKS = "/opt/locks"
 _LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", re.MULTILINE)
+_BIND = re.compile(r"(/[^:]*):(/[^:]*)(?::(ro|rw))?", re.DOTALL)
 _REVISION = "org.opencontainers.image.revision"
 # A daemon's own default may rotate logs; only a size of its own keeps json-file from it.
 _NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
 _PING_S = 10
 _RETRY_S = 1.0
+_END_LINES = 100
 
 
 class NoDaemonError(Exception):
@@ -106,6 +109,9 @@ def container_options(
         manifest: of the run, for verb, name and commit.
         user: uid and gid that own the run directory.
         environment: variables of this machine that the job may see, with their values.
+
+    Raises:
+        NotStartedError: container.binds cannot be read.
     """
     c = job.container
     uid, gid = user
@@ -161,8 +167,11 @@ def _mounts(job: Job, run_dir: Path) -> list[dict[str, Any]]:
     read = [job.data.path, job.model if job.model.startswith("/") else None]
     mounts += [_bind(path, read_only=True) for path in read if path is not None]
     for bind in job.container.binds:
-        source, target, *mode = bind.split(":")
-        mounts.append(_bind(source, target=target, read_only=mode == ["ro"]))
+        parts = _BIND.fullmatch(bind)
+        if parts is None:
+            form = "/host/folder:/inside or /host/folder:/inside:ro"
+            raise NotStartedError(f"container.binds = {bind} is not of the form {form}")
+        mounts.append(_bind(parts[1], target=parts[2], read_only=parts[3] == "ro"))
     return mounts
 
 
@@ -249,6 +258,16 @@ def copy_log(container: Container, log: Path, *, follow: bool) -> None:
                 file.write(fresh)
 
 
+def complete_log(container: Container, log: Path) -> None:
+    """Append what an ended container's log has beyond the file; reads it all only where it must."""
+    end: bytes = container.logs(tail=_END_LINES)
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(end)))
+        copied = file.read() == end
+    if not copied:
+        copy_log(container, log, follow=False)
+
+
 class ContainerTask:
     """A container under way, and the thread that copies its log to the run's directory."""
 
@@ -283,7 +302,7 @@ class ContainerTask:
                 container.wait(timeout=_PING_S)
                 container.reload()
                 if not container.attrs["State"]["Running"]:
-                    copy_log(container, self._run.path / LOG_FILE, follow=False)
+                    complete_log(container, self._run.path / LOG_FILE)
                     self._state = container.attrs["State"]
                     return
             except NotFound:

@@ -155,16 +155,16 @@ def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequen
         command = [*trainer, verb, str(run.job_file)]
         return _start_process(run, command, process_environment(here(), job.container.pass_env))
     owner = run.path.stat()
-    options = container.container_options(
-        job,
-        run.path,
-        manifest=run.manifest(),
-        user=(owner.st_uid, owner.st_gid),
-        environment=container_environment(here(), job.container.pass_env),
-    )
-    for folder in container.cache_folders(job):
-        _make_for(folder, owner)
     try:
+        options = container.container_options(
+            job,
+            run.path,
+            manifest=run.manifest(),
+            user=(owner.st_uid, owner.st_gid),
+            environment=container_environment(here(), job.container.pass_env),
+        )
+        for folder in container.cache_folders(job):
+            _make_for(folder, owner)
         return container.start(client, run, options)
     except container.NotStartedError as error:
         raise HostNotFit(str(error)) from error

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 JOB = """\
@@ -32,3 +33,27 @@ def headroom(code: str, *arguments: str | Path) -> list[str]:
         f"main(obj=World(trainer={trainer(code)!r}))\n"
     )
     return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+class FakeContainer:
+    """A container whose log comes in the given pieces, as docker-py's `Container.logs` gives it."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
+
+    def logs(
+        self,
+        *,
+        stream: bool = False,
+        follow: bool = False,
+        tail: int | str = "all",
+        stdout: bool = True,
+        stderr: bool = True,
+    ) -> Iterator[bytes] | bytes:
+        """All pieces from the first, or the last lines in one."""
+        assert stdout
+        assert stderr
+        if stream:
+            return iter(self.pieces)
+        assert not follow
+        return b"".join(b"".join(self.pieces).splitlines(keepends=True)[-int(tail) :])
