@@ -55,6 +55,7 @@ install_missing() {
     apt-get update -q
     apt-get install -y -q --no-install-recommends docker.io iptables iproute2 debootstrap busybox-static
   } >>"$dir/apt.log" 2>&1 || cannot "apt-get failed: $(tail -n 3 "$dir/apt.log")"
+  [ -z "$(missing)" ] || cannot "apt-get did not bring $(missing)"
 }
 
 start() {

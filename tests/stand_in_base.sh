@@ -19,7 +19,9 @@ export PATH=$PATH:/usr/sbin:/sbin
 [ -x "$python" ] || refuse "no .venv here (make setup)"
 if ! command -v debootstrap >/dev/null; then
   [ "${CI:-}" = true ] || refuse "debootstrap is not installed (apt-get install debootstrap)"
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends debootstrap >&2
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -q >&2
+  apt-get install -y -q --no-install-recommends debootstrap >&2
 fi
 # The interpreter is this machine's: an older Debian would lack the C library it was built for.
 suite=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
