@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wanted=${1:-}
+HOME=${HOME:-/}
 repository=$PWD
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -43,8 +44,9 @@ is_python312() {
 looked=()
 python=''
 try() {
+  [ -z "$python" ] || return 0
   looked+=("$1")
-  if [ -z "$python" ] && is_python312 "$1"; then python=$1; fi
+  if is_python312 "$1"; then python=$1; fi
 }
 
 find_python() {
@@ -56,7 +58,14 @@ find_python() {
   # Every one on the PATH: behind a pyenv shim that fails may stand one that runs.
   while read -r found; do try "$found"; done < <(type -ap python3.12 python3 python)
   [ ${#looked[@]} -gt 0 ] || looked+=("python3.12, python3 and python on the PATH (none there)")
-  for found in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.12.*/bin/python3.12; do try "$found"; done
+  # HOME and PYENV_ROOT may be missing (CI, sudo): the account's own folder is asked for as well.
+  local home
+  home=$(getent passwd "$(id -u 2>/dev/null)" 2>/dev/null | cut -d: -f6)
+  for found in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python3.12 \
+    "${home:-$HOME}"/.pyenv/versions/3.12.*/bin/python3.12 \
+    "$HOME"/.local/share/uv/python/cpython-3.12.*/bin/python3.12 /usr/local/bin/python3.12; do
+    try "$found"
+  done
   if [ -z "$python" ] && command -v uv >/dev/null; then
     if found=$(UV_PYTHON_DOWNLOADS=never uv python find --no-project 3.12 2>/dev/null); then
       try "$found"
