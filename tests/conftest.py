@@ -1,10 +1,22 @@
 """Fixtures of more than one test file."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import docker
+
+# Before any test file imports JAX: four virtual devices to lay meshes on, never an accelerator that
+# happens to be here, and programs compiled once for all runs of the tests.
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}.items():
+    os.environ.setdefault(name, value)  # noqa: TID251
 
 
 @pytest.fixture(scope="session")
