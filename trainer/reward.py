@@ -13,7 +13,9 @@ from math_verify import ExprExtractionConfig, parse, verify
 
 from jobs.spec import Reward
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+|/\d+)?")
+# A dash behind a digit, a letter or a bracket is no sign: 10-12, (8)-3.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+|/\d+)?")
+_DIVISION_BY_ZERO = re.compile(r"/0+$")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 # It warns at every start that we set no time limit; see `correct`.
@@ -42,7 +44,8 @@ def correct(completion: str, answer: str) -> float:
     1.0
     """
     number = last_number(completion)
-    if number is None:
+    # math-verify finds 0/0 equal to 0 or not by the process's hash seed.
+    if number is None or _DIVISION_BY_ZERO.search(number):
         return 0.0
     if number == answer:
         return 1.0
