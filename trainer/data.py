@@ -21,6 +21,9 @@ SYSTEM_PROMPT = (
 )
 
 
+_FORM = 'a line is {"question": "...", "answer": "... #### 42"}'
+
+
 class DataError(Refusal):
     """Rows that cannot be had or used: what was asked, what was found, what to change."""
 
@@ -60,7 +63,8 @@ def read_jsonl(path: Path) -> list[Row]:
         DataError: with the number of the first line that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold U+2028 and U+0085 as they are, which that would break at.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.path = {path} cannot be read: {error}") from error
     rows = [
@@ -78,9 +82,9 @@ def _row(line: str, *, where: str) -> Row:
         fields = json.loads(line)
         question, answer = fields["question"], fields["answer"]
     except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise DataError(
-            f'{where}: no word problem; a line is {{"question": ..., "answer": "... #### 42"}}'
-        ) from error
+        raise DataError(f"{where}: no word problem; {_FORM}") from error
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise DataError(f"{where}: question and answer must both be text; {_FORM}")
     return Row(question=question, answer=final_answer(answer, where=where))
 
 
@@ -179,7 +183,7 @@ def fitting_prompts(job: Job, rows: Sequence[Row], tokenizer: Any) -> tuple[list
     """The prompts of at most max_prompt_tokens, and how many rows were longer.
 
     Raises:
-        DataError: fewer rows fit than a step needs.
+        DataError: not one row fits.
     """
     prompts = [Prompt(row=r, tokens=tokenizer.encode_chat(messages(job, r))) for r in rows]
     limit = job.rollout.max_prompt_tokens
