@@ -32,6 +32,8 @@ fi
 if ready; then exit 0; fi
 started=$SECONDS
 
+# The lock is held, so what lies there is a killed set-up's.
+rm -rf .cache/setup.*/
 scratch=$(mktemp -d "$repository/.cache/setup.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
@@ -60,10 +62,10 @@ find_python() {
   [ ${#looked[@]} -gt 0 ] || looked+=("python3.12, python3 and python on the PATH (none there)")
   # HOME and PYENV_ROOT may be missing (CI, sudo): the account's own folder is asked for as well.
   local home
-  home=$(getent passwd "$(id -u 2>/dev/null)" 2>/dev/null | cut -d: -f6)
+  home=$(getent passwd "$(id -u 2>/dev/null)" 2>/dev/null | cut -d: -f6) || true
   for found in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python3.12 \
     "${home:-$HOME}"/.pyenv/versions/3.12.*/bin/python3.12 \
-    "$HOME"/.local/share/uv/python/cpython-3.12.*/bin/python3.12 /usr/local/bin/python3.12; do
+    "$HOME"/.local/share/uv/python/cpython-3.12.*/bin/python3.12; do
     try "$found"
   done
   if [ -z "$python" ] && command -v uv >/dev/null; then
