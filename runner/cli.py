@@ -121,7 +121,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
             manifest = launch.launch(made, job, client=client, out=out, say=_say, trainer=trainer)
     except (launch.HostNotFit, OSError) as error:
         raise Refused(str(error)) from error
-    sys.exit(_conclude(made, manifest, as_json=as_json))
+    sys.exit(_end(made, manifest, as_json=as_json))
 
 
 @main.command()
@@ -222,6 +222,37 @@ def cancel(*, name: str, runs: Path, as_json: bool) -> None:
         click.echo(f"{found.name} {words}: {shown.ending_text(manifest)}")
 
 
+@main.command()
+@click.argument("log", metavar="LOG|RUN|-")
+@click.option("-f", "--follow", is_flag=True, help="Watch a growing log; say each new cause.")
+@_runs
+@_json
+def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
+    """Name the cause of a failed log: of a run, of any file, or of stdin.
+
+    \b
+    headroom diagnose latest
+    headroom diagnose old/run.log --json
+    """
+    from runner import conclude
+    from runner.diagnose import diagnose as find_cause
+    from runner.diagnose import follow as find_causes
+    from runner.show import blocks
+
+    if log != "-" and not Path(log).is_file():
+        found, manifest = _settled(runs, log)
+        if not follow:
+            _print_diagnosis(conclude.explain(found, manifest), as_json=as_json)
+            return
+        stream = blocks(found.log_file, ended=lambda: _is_over(found))
+    elif log == "-":
+        stream = sys.stdin.buffer
+    else:
+        stream = blocks(Path(log), ended=(lambda: False) if follow else None)
+    for diagnosis in find_causes(stream) if follow else [find_cause(stream)]:
+        _print_diagnosis(diagnosis, as_json=as_json)
+
+
 def _load(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
     from jobs.spec import JobError, load
     from runner.launch import here
@@ -263,20 +294,28 @@ def _is_over(found: "RunDir") -> bool:
     return manifest is None or manifest.exit_status is not None
 
 
-def _conclude(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
+def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     """Say how the run ended and why, and give our exit code."""
-    from runner import ending
+    from runner import conclude, ending
     from runner import show as shown
 
-    diagnosis: Diagnosis | None = None
+    diagnosis = conclude.diagnosis_of(made)
     if as_json:
         _print_json(shown.as_data(made, manifest))
     else:
+        if diagnosis is not None:
+            _print_diagnosis(diagnosis, as_json=False)
         click.echo(f"run directory: {made.path}")
     stop = made.read_json(made.stop_file)
     return ending.runner_code(
         manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
     )
+
+
+def _print_diagnosis(diagnosis: "Diagnosis", *, as_json: bool) -> None:
+    from runner.diagnose import format_diagnosis
+
+    click.echo(diagnosis.model_dump_json() if as_json else format_diagnosis(diagnosis))
 
 
 def _say(text: str) -> None:

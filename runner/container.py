@@ -271,8 +271,11 @@ def complete_log(container: Container, log: Path) -> None:
 class ContainerTask:
     """A container under way, and the thread that copies its log to the run's directory."""
 
-    def __init__(self, client: DockerClient, run: RunDir, container_id: str) -> None:
+    def __init__(
+        self, client: DockerClient, run: RunDir, container_id: str, *, retry_s: float = _RETRY_S
+    ) -> None:
         self._client, self._run, self._id = client, run, container_id
+        self._retry_s = retry_s
         self._state: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -308,7 +311,7 @@ class ContainerTask:
             except NotFound:
                 return
             except (DockerException, OSError):
-                time.sleep(_RETRY_S)
+                time.sleep(self._retry_s)
 
 
 class OthersTask:
@@ -349,5 +352,4 @@ def state_status(run: RunDir, state: dict[str, Any] | None) -> ExitStatus:
         state["ExitCode"],
         oom_killed=state["OOMKilled"],
         stopped=run.stop_file.exists(),
-        failed=run.failure_file.exists(),
     )

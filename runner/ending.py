@@ -26,33 +26,32 @@ def signal_name(number: int) -> str:
         return f"SIG{number}"
 
 
-def of_process(returncode: int, *, stopped: bool, failed: bool) -> ExitStatus:
+def of_process(returncode: int, *, stopped: bool) -> ExitStatus:
     """How a process ended.
 
     Args:
         returncode: as Python tells it, -N for signal N.
         stopped: somebody asked it to stop.
-        failed: it left a failure record: code 1 is an exception then, not a refusal.
     """
     if returncode < 0:
-        return _status(128 - returncode, signal_name(-returncode), stopped=stopped, failed=failed)
-    return _status(returncode, None, stopped=stopped, failed=failed)
+        return _status(128 - returncode, signal_name(-returncode), stopped=stopped)
+    return _status(returncode, None, stopped=stopped)
 
 
-def of_container(code: int, *, oom_killed: bool, stopped: bool, failed: bool) -> ExitStatus:
+def of_container(code: int, *, oom_killed: bool, stopped: bool) -> ExitStatus:
     """How a container ended; its engine tells 128 + N for signal N, and whether memory was why."""
     name = signal_name(code - 128) if 128 < code <= 128 + 64 else None
     if oom_killed and code != 0:
         return ExitStatus(code=code, signal=name, oom_killed=True, reason="oom_killed")
-    return _status(code, name, stopped=stopped, failed=failed)
+    return _status(code, name, stopped=stopped)
 
 
-def _status(code: int, signal: str | None, *, stopped: bool, failed: bool) -> ExitStatus:
+def _status(code: int, signal: str | None, *, stopped: bool) -> ExitStatus:
     if code == DONE:
         return ExitStatus(code=code, reason="done")
     if stopped or code in (INTERRUPTED, TERMINATED):
         return ExitStatus(code=code, signal=signal, reason="interrupted")
-    if code == REFUSED and not failed:
+    if code == REFUSED:
         return ExitStatus(code=code, reason="refused")
     return ExitStatus(code=code, signal=signal, reason="failed")
 

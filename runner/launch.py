@@ -17,6 +17,7 @@ from jobs.records import ExitStatus, Manifest
 from jobs.spec import Job
 from runner import container, ending, supervise
 from runner.archive import RunDir, now
+from runner.conclude import conclude
 from runner.process import ProcessTask
 from runner.provenance import installed_packages
 from runner.watch import Follower, Interrupts, Task, describe, watch
@@ -131,10 +132,10 @@ def launch(
         except HostNotFit as error:
             with run.log_file.open("ab") as log:
                 log.write(f"headroom: {error}\n".encode())
-            run.finish(ExitStatus(code=_NOT_STARTED, reason="refused"))
+            conclude(run, ExitStatus(code=_NOT_STARTED, reason="refused"))
             raise
         status = watch(task, interrupts, grace_s=grace_s, asked=asked)
-        manifest = run.finish(status)
+        manifest = conclude(run, status)
     if client is not None:
         container.remove(client, manifest.container)
     return manifest

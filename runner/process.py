@@ -31,7 +31,6 @@ class ProcessTask:
                 return ending.of_process(
                     record["returncode"],
                     stopped=self._run.stop_file.exists(),
-                    failed=self._run.failure_file.exists(),
                 )
             # Alive, or gone between our two looks: then the record is there by now.
             if not last_look and (self._lives("supervisor_pid") or self._lives("pid")):

@@ -1,9 +1,8 @@
 """What a person, or a program, is shown of a run: read from its records alone."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.records import EvalRecord, ExitStatus, Manifest, StepRecord
+from jobs.records import LOG_FILE, Diagnosis, EvalRecord, ExitStatus, Manifest, StepRecord
 from runner.archive import RunDir
+from runner.diagnose import format_diagnosis
 
 _POLL_S = 0.5
+_BLOCK_BYTES = 1 << 16
+_TAIL_LINES = 8
 _STEP_COLUMNS = ("step", "loss", "entropy", "reward", "pass@1", "pass@K", "tokens", "tok/s", "dt s")
 
 
@@ -63,7 +65,7 @@ def ending_text(manifest: Manifest) -> str:
 
 
 def print_run(data: dict[str, Any], console: Console) -> None:
-    """One run for a person: what ran, its steps, its last samples, why it failed."""
+    """One run for a person: what ran, its steps, why it failed, and what it said last."""
     manifest = Manifest.model_validate(data["manifest"])
     _print_facts(manifest, data, console)
     steps = [StepRecord.model_validate(line) for line in data["steps"]]
@@ -79,6 +81,11 @@ def print_run(data: dict[str, Any], console: Console) -> None:
         )
     if failure := data["failure"]:
         console.print(Text(f"failure: {failure['kind']}: {failure['message']}"))
+    if diagnosis := data["diagnosis"]:
+        console.print(Text(format_diagnosis(Diagnosis.model_validate(diagnosis))))
+    console.print(Text("last lines of the log (all of it: headroom logs):", style="dim"))
+    last = tail(Path(data["path"]) / LOG_FILE, _TAIL_LINES).decode(errors="replace")
+    console.print(Text.from_ansi(last))
 
 
 def _print_facts(manifest: Manifest, data: dict[str, Any], console: Console) -> None:
@@ -139,35 +146,40 @@ def tail(path: Path, lines: int) -> bytes:
     """The last lines of a file, byte for byte."""
     if lines <= 0:
         return b""
-    block = 1 << 16
     with path.open("rb") as file:
         end = file.seek(0, 2)
         found = b""
         # One more line break than lines: the first found lies before the first line wanted.
         while end > 0 and found.count(b"\n") <= lines:
-            begin = max(0, end - block)
+            begin = max(0, end - _BLOCK_BYTES)
             file.seek(begin)
             found = file.read(end - begin) + found
             end = begin
     return b"".join(found.splitlines(keepends=True)[-lines:])
 
 
-def print_log(
-    path: Path, out: BinaryIO, *, lines: int | None, ended: Callable[[], bool] | None
-) -> None:
-    """Write a log, or its last lines, and go on with what comes until `ended` says so."""
-    with path.open("rb", buffering=0) as log:
-        if lines is not None:
-            last = tail(path, lines)
-            out.write(last)
-            log.seek(0, os.SEEK_END)
+def blocks(path: Path, *, ended: Callable[[], bool] | None, skip: int = 0) -> Iterator[bytes]:
+    """A file's bytes from `skip` on, and what comes until `ended` says so; None: what is there."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(skip)
         over = ended is None
         while True:
-            while data := log.read(1 << 16):
-                out.write(data)
-            out.flush()
+            while data := file.read(_BLOCK_BYTES):
+                yield data
             if over or ended is None:
                 return
             over = ended()
             if not over:
                 time.sleep(_POLL_S)
+
+
+def print_log(
+    path: Path, out: BinaryIO, *, lines: int | None, ended: Callable[[], bool] | None
+) -> None:
+    """Write a log, or its last lines, and go on with what comes until `ended` says so."""
+    size = path.stat().st_size
+    if lines is not None:
+        out.write(tail(path, lines))
+    for data in blocks(path, ended=ended, skip=0 if lines is None else size):
+        out.write(data)
+        out.flush()

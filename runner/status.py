@@ -10,6 +10,7 @@ from jobs.records import ExitStatus, Manifest
 from jobs.spec import JobError, load
 from runner import container, ending
 from runner.archive import RunDir
+from runner.conclude import conclude
 from runner.process import ProcessTask
 from runner.provenance import host
 from runner.watch import Task, stop_and_wait
@@ -42,7 +43,7 @@ def settle(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
         status = _look(run, run.manifest(), connect=connect)
         if status is None:
             return run.manifest()
-        manifest = run.finish(status)
+        manifest = conclude(run, status)
     if manifest.container is not None:
         container.remove(connect(), manifest.container)
     return manifest

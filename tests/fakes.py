@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 JOB = """\
 name: {name}
@@ -36,10 +37,32 @@ def headroom(code: str, *arguments: str | Path) -> list[str]:
 
 
 class FakeContainer:
-    """A container whose log comes in the given pieces, as docker-py's `Container.logs` gives it."""
+    """A container as docker-py shows it, whose log comes in the given pieces.
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    Attributes:
+        pieces: of the log.
+        breaks: after how many pieces each following of the log ends, as when a daemon restarts;
+            past the last of them it ends with the container.
+    """
+
+    def __init__(self, pieces: list[bytes], *, breaks: tuple[int, ...] = (), code: int = 0) -> None:
         self.pieces = pieces
+        self.breaks = list(breaks)
+        self.state = {"Running": True, "Status": "running", "ExitCode": code, "OOMKilled": False}
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """What `inspect` tells."""
+        return {"State": self.state}
+
+    def reload(self) -> None:
+        """Nothing is cached."""
+
+    def wait(self, *, timeout: float) -> None:
+        """Told at once."""
+        assert timeout
+        if self.state["Running"]:
+            raise ConnectionError("read timed out")
 
     def logs(
         self,
@@ -54,6 +77,27 @@ class FakeContainer:
         assert stdout
         assert stderr
         if stream:
-            return iter(self.pieces)
-        assert not follow
+            return self._stream(follow=follow)
         return b"".join(b"".join(self.pieces).splitlines(keepends=True)[-int(tail) :])
+
+    def _stream(self, *, follow: bool) -> Iterator[bytes]:
+        if follow and self.breaks:
+            yield from self.pieces[: self.breaks.pop(0)]
+            return
+        yield from self.pieces
+        self.state |= {"Running": False, "Status": "exited"}
+
+
+class FakeClient:
+    """A Docker client that knows one container; `away` is how often its daemon does not answer."""
+
+    def __init__(self, container: FakeContainer, *, away: int = 0) -> None:
+        self.container, self.away = container, away
+        self.containers = self
+
+    def get(self, _: str) -> FakeContainer:
+        """The container."""
+        if self.away > 0:
+            self.away -= 1
+            raise ConnectionError("connection refused")
+        return self.container

@@ -39,6 +39,13 @@ TOLD = (
     "raise SystemExit(3)\n"
 )
 
+# The SOP's own failure, as the TPU runtime words it.
+OOM = (
+    "jaxlib._jax.XlaRuntimeError: RESOURCE_EXHAUSTED: Error loading program 'jit_training_step': "
+    "Attempting to reserve 7.82G at the bottom of memory. That was not possible. There are 5.68G "
+    "free, 0B reserved, and 5.68G reservable."
+)
+
 
 @pytest.fixture
 def started(tmp_path):
@@ -53,7 +60,7 @@ def started(tmp_path):
         )
         made.append(runner)
         if "--json" not in arguments:
-            assert runner.stdout.readline() == "up\n"
+            assert runner.stdout.readline() == "up\n", runner.communicate()
         return runner
 
     yield start
@@ -92,7 +99,12 @@ def until(condition, *, seconds=30):
 
 @pytest.mark.parametrize(
     ("code", "number", "ours"),
-    [("pass", 0, 0), ("raise SystemExit(1)", 1, 1), ("raise SystemExit(3)", 3, 5)],
+    [
+        ("pass", 0, 0),
+        ("raise SystemExit(1)", 1, 1),
+        ("raise SystemExit(3)", 3, 5),
+        (f"print({OOM!r})\nraise SystemExit(70)", 70, 4),
+    ],
 )
 def test_a_run_tells_its_end_in_log_manifest_terminal_and_exit_code(tmp_path, code, number, ours):
     done = call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=code)
@@ -280,6 +292,33 @@ def test_show_tells_what_ran_its_whole_steps_and_why_it_failed(tmp_path):
     assert data["failure"] == FAILURE
     assert data["job"]["name"] == "stand-in"
     assert Manifest.model_validate(data["manifest"]).exit_status.code == 70
+
+
+def test_a_failed_run_is_diagnosed_at_once_and_again_by_name_file_and_stdin(tmp_path):
+    failing = f"print({OOM!r})\nraise SystemExit(70)"
+    done = call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=failing)
+    assert "jit_training_step needs 7.82 GiB, 5.68 GiB can be reserved: short by 2.14 GiB" in (
+        done.stdout
+    )
+    (path,) = tmp_path.glob("runs/*/diagnosis.json")
+    kept = json.loads(path.read_text())
+    assert kept["numbers"]["program"] == "jit_training_step"
+    assert json.loads(call(tmp_path, "diagnose", "latest", "--json").stdout) == kept
+    assert json.loads(call(tmp_path, "show", "latest", "--json").stdout)["diagnosis"] == kept
+    log = path.with_name("run.log")
+    by_file = json.loads(call(tmp_path, "diagnose", log, "--json").stdout)
+    assert by_file["cause"] == kept["cause"]
+    argv = ["diagnose", "-", "--json"]
+    by_stdin = CliRunner().invoke(main, argv, input=log.read_bytes())
+    assert json.loads(by_stdin.stdout) == by_file
+    assert "short by 2.14 GiB" in call(tmp_path, "show", "latest").stdout
+
+
+def test_following_a_run_says_each_cause_once(tmp_path):
+    failing = f"print({OOM!r})\nprint({OOM!r})\nraise SystemExit(70)"
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=failing)
+    said = call(tmp_path, "diagnose", "latest", "--follow", "--json").stdout.splitlines()
+    assert [json.loads(line)["numbers"]["program"] for line in said] == ["jit_training_step"]
 
 
 def test_run_as_json_prints_one_object_and_the_log_elsewhere(tmp_path):

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
-from fakes import FakeContainer, write_job
+from fakes import FakeClient, FakeContainer, write_job
 
 from jobs.records import Manifest
 from jobs.spec import load
 from runner.archive import RunDir
 from runner.container import (
+    ContainerTask,
     NotStartedError,
     cache_folders,
     complete_log,
@@ -147,6 +148,17 @@ def test_a_log_that_was_copied_in_part_is_completed_without_a_byte_twice(tmp_pat
     log.write_bytes(WHOLE[:size])
     copy_log(FakeContainer(CHUNKS), log, follow=False)
     assert log.read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize(("breaks", "away"), [((), 0), ((0,), 1), ((2, 2, 5), 2), ((5,), 0)])
+def test_a_log_whose_stream_ends_before_the_container_is_taken_up_again(tmp_path, breaks, away):
+    (tmp_path / "run.log").touch()
+    fake = FakeContainer(CHUNKS, breaks=breaks, code=3)
+    task = ContainerTask(FakeClient(fake, away=away), RunDir(tmp_path), "id", retry_s=0.001)
+    while (status := task.wait(0.01)) is None:
+        pass
+    assert status.code == 3
+    assert (tmp_path / "run.log").read_bytes() == WHOLE
 
 
 @pytest.mark.parametrize(

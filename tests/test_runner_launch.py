@@ -58,12 +58,6 @@ def test_the_true_status_stands_in_manifest_and_log(tmp_path, code, number, name
     assert not status.oom_killed
 
 
-def test_code_1_after_an_exception_is_a_failure_not_a_refusal(tmp_path):
-    code = "import sys, pathlib; pathlib.Path('failure.json').write_text('{}'); sys.exit(1)"
-    _, manifest = run_code(tmp_path, code)
-    assert manifest.exit_status.reason == "failed"
-
-
 def test_the_trainer_is_given_its_verb_and_the_job_by_its_whole_path(tmp_path):
     run, manifest = run_code(tmp_path, "import sys; print(*sys.argv[1:], sep='|')", verb="evaluate")
     assert run.log_file.read_text() == f"evaluate|{run.path}/job.json\nexit_status=0\n"

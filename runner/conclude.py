@@ -1,0 +1,34 @@
+"""Close a run that has ended: its archive, and the named cause where it failed."""
+
+from jobs.records import Diagnosis, ExitStatus, Manifest
+from runner.archive import RunDir, write_whole
+from runner.diagnose import diagnose
+
+# The others say themselves what they are: done, refused (the log has the reason), interrupted.
+_UNEXPLAINED = ("failed", "oom_killed", "lost")
+
+
+def conclude(run: RunDir, status: ExitStatus) -> Manifest:
+    """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
+    manifest = run.finish(status)
+    if status.reason in _UNEXPLAINED:
+        found = explain(run, manifest)
+        write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
+    """The named cause of a run's log, told with the run's own plan and job."""
+    with run.log_file.open("rb") as log:
+        return diagnose(
+            log,
+            exit_status=manifest.exit_status,
+            plan=run.read_json(run.plan_file),
+            job=run.read_json(run.job_file),
+        )
+
+
+def diagnosis_of(run: RunDir) -> Diagnosis | None:
+    """The cause that was found when the run ended; None where it was not looked for."""
+    record = run.read_json(run.diagnosis_file)
+    return None if record is None else Diagnosis.model_validate(record)
