@@ -52,51 +52,83 @@ def _data_contradictions(job: Job) -> list[Problem]:
 
 
 def _batch_contradictions(job: Job, target: Accelerator) -> list[Problem]:
-    found: list[Problem] = []
-    sequences, r, m = job.sequences_per_step, job.rollout, job.mesh
-    product = f"rollout.prompts_per_step {r.prompts_per_step} x rollout.group_size {r.group_size}"
-    batch_keys = ("rollout.prompts_per_step", "rollout.group_size")
-    micro = job.micro_batch_size
-    if sequences % micro:
-        found.append(
-            Problem(
-                "train.micro_batch_size",
-                micro,
-                f"does not divide the {sequences} sequences of a step ({product}); "
-                f"use one of {_divisors(sequences)}",
-                others=batch_keys,
-            )
-        )
+    m = job.mesh
     taken = m.dp * m.tp * (m.fsdp or 1)
     if target.devices % taken or (m.fsdp is not None and taken != target.devices):
         shape = f"dp {m.dp} x fsdp {m.fsdp or 'rest'} x tp {m.tp}"
         return [
-            *found,
             Problem(
                 "mesh",
                 shape,
                 f"does not make the {target.devices} devices of {target.name}; change mesh.dp, "
                 "mesh.fsdp or mesh.tp",
                 others=("mesh.dp", "mesh.fsdp", "mesh.tp", "accelerator"),
-            ),
+            )
         ]
+    return [*_sharing_contradictions(job), *_design_contradictions(job, target)]
+
+
+def _sharing_contradictions(job: Job) -> list[Problem]:
+    """Sequences that do not divide into micro-batches, and those over the devices."""
+    r, sequences, micro = job.rollout, job.sequences_per_step, job.train.micro_batch_size
+    product = f"rollout.prompts_per_step {r.prompts_per_step} x rollout.group_size {r.group_size}"
     dp, fsdp, _ = job.mesh_shape
-    shards = dp * fsdp
-    key, value = (
-        ("train.micro_batch_size", micro)
-        if job.train.micro_batch_size is not None
-        else ("rollout.prompts_per_step", r.prompts_per_step)
-    )
-    if micro % shards:
+    unit = dp * fsdp * job.sequences_per_row
+    shared = f"{dp * fsdp} devices (mesh dp {dp} x fsdp {fsdp})"
+    if job.sequences_per_row > 1:
+        shared += f" in rows of {job.sequences_per_row} (update.completions_per_row group)"
+    others = ("rollout.prompts_per_step", "rollout.group_size", "mesh.dp", "mesh.fsdp", "mesh.tp")
+    problems: list[str] = []
+    if micro is None:
+        if sequences % unit:
+            text = (
+                f"makes {sequences} sequences a step ({product}), which cannot be shared out over "
+                f"{shared}: use a multiple of {unit}"
+            )
+            return [Problem("rollout.prompts_per_step", r.prompts_per_step, text, others=others)]
+        return []
+    if sequences % micro:
+        problems.append(
+            f"does not divide the {sequences} sequences of a step ({product}); "
+            f"use one of {_divisors(sequences)}"
+        )
+    if micro % unit:
+        problems.append(f"cannot be shared out over {shared}: use a multiple of {unit}")
+    return [Problem("train.micro_batch_size", micro, text, others=others) for text in problems]
+
+
+def _design_contradictions(job: Job, target: Accelerator) -> list[Problem]:
+    """Options of the update that the design or the accelerator does not have."""
+    u, m = job.update, job.mesh
+    found: list[Problem] = []
+    if u.design == "layer_major" and (m.dp, m.tp) != (1, 1):
         found.append(
             Problem(
-                key,
-                value,
-                f"makes micro-batches of {micro} sequences ({product}), which cannot be shared out "
-                f"over {shards} devices (mesh dp {dp} x fsdp {fsdp}): use a multiple of {shards}",
-                others=(*batch_keys, "train.micro_batch_size", "mesh.dp", "mesh.fsdp", "mesh.tp"),
+                "update.design",
+                u.design,
+                f"shares its state out over all devices, and mesh is dp {m.dp} x tp {m.tp}: leave "
+                "mesh.dp and mesh.tp at 1, or use update.design reference",
+                others=("mesh.dp", "mesh.tp"),
             )
         )
+    if u.design == "reference":
+        found += [
+            Problem(f"update.{key}", value, "is an option of update.design layer_major")
+            for key, value, default in (
+                ("moments", u.moments, "bfloat16"),
+                ("layers", u.layers, "stacked"),
+                ("completions_per_row", u.completions_per_row, "one"),
+                ("host_offload", ", ".join(u.host_offload), ""),
+                ("attention", u.attention, "auto"),
+            )
+            if value != default
+        ]
+    if target.platform != "tpu":
+        text = f"needs a TPU, and accelerator = {target.name}"
+        if u.host_offload:
+            found.append(Problem("update.host_offload", ", ".join(u.host_offload), text))
+        if u.attention == "splash":
+            found.append(Problem("update.attention", u.attention, text))
     return found
 
 

@@ -40,7 +40,7 @@ class StepRecord(Record):
     Attributes:
         step: counted from 0.
         loss: the step's mean loss over its updates.
-        entropy: mean of -logprob over completion tokens: an estimate of the policy's entropy, nats.
+        entropy: mean entropy of the policy over completion tokens, nats.
         reward_mean: mean weighted reward over all completions.
         reward_std: population standard deviation of the same.
         rewards: mean of each reward function, unweighted, by name.
@@ -55,6 +55,8 @@ class StepRecord(Record):
         grad_norm: global norm of the gradient before clipping, mean over the updates.
         learning_rate: of the step's last update.
         kl: mean k3 estimate of KL(policy || reference), nats a token; None when beta is 0.
+        mismatch: mean |ln p_trainer - ln p_engine| of the completion tokens; None where the job
+            does not have the trainer compute the sampling policy's logprobs.
         tokens_per_s: completion tokens over the whole step's seconds.
         seconds: of each phase by name: rollout, reward, update, hand_over, other.
         dt_s: the whole step.
@@ -79,6 +81,7 @@ class StepRecord(Record):
     grad_norm: float
     learning_rate: float
     kl: float | None
+    mismatch: float | None = None
     tokens_per_s: float
     seconds: dict[str, float]
     dt_s: float

@@ -132,13 +132,17 @@ class Train(Part):
     """What is learned: objective and optimizer."""
 
     micro_batch_size: Count | None = None
-    """Sequences in one forward and backward pass, over all devices; all of a step when unset."""
+    """Sequences in one forward and backward pass, over all devices; one a device when unset."""
     updates_per_rollout: Count = 1
     """Optimizer applications on one rollout (mu in arXiv:2402.03300, algorithm 1)."""
-    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: Annotated[float, Field(ge=0.0)] = 0.2
-    """The ratio is clipped above 1 + clip_high."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"] = "grpo"
+    """Advantages, token weights and ratio, as the papers combine them (trainer/grpo.py)."""
+    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """The ratio is clipped below 1 - clip_low; unset: the loss's paper's figure."""
+    clip_high: Annotated[float, Field(ge=0.0)] | None = None
+    """The ratio is clipped above 1 + clip_high; unset: the loss's paper's figure."""
+    rollout_correction: Annotated[float, Field(gt=0.0)] | None = None
+    """Weigh tokens by p_trainer / p_engine, at most this (2 is usual); unset: not at all."""
     beta: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of KL(policy || reference), k3 estimate; 0 keeps no reference in memory."""
     optimizer: Literal["lion", "adamw"] = "lion"
@@ -160,16 +164,28 @@ class Train(Part):
 
 
 class Update(Part):
-    """How the update is laid out in memory; none of it changes what is learned."""
+    """How the update lies in memory; only clip and moments touch what is learned."""
 
-    design: Literal["reference"] = "reference"
-    """reference: plain autodiff, f32 state, kept for ever as the numerical reference."""
+    design: Literal["layer_major", "reference"] = "layer_major"
+    """layer_major: half the memory; reference: plain autodiff, the numerical reference."""
     update_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype of forward and backward; masters are f32."""
-    loss_chunk_tokens: Count = 1024
+    """Compute dtype of forward and backward; masters are exact f32 in either."""
+    moments: Literal["bfloat16", "int8"] = "bfloat16"
+    """layer_major: of the optimizer's moments; int8 has a scale a row. reference: always f32."""
+    clip: Literal["per_layer", "global"] = "per_layer"
+    """What max_grad_norm bounds: each layer's gradient, or all together (a gradient copy more)."""
+    layers: Literal["stacked", "per_layer"] = "stacked"
+    """layer_major: one array for all layers, or one for each, as engines take them."""
+    completions_per_row: Literal["one", "group"] = "one"
+    """layer_major: group computes each prompt once for all its completions."""
+    host_offload: Annotated[tuple[Literal["momentum", "lo"], ...], Field(strict=False)] = ()
+    """layer_major on TPU: parts of the state that live in host memory between uses."""
+    attention: Literal["auto", "splash", "xla"] = "auto"
+    """layer_major: auto is the splash kernel on TPU where it has the shapes, else XLA's."""
+    loss_chunk_tokens: Count = 512
     """Tokens a device whose logits exist at once."""
     remat: bool = True
-    """Keep only each layer's input for the backward pass, and compute the rest again."""
+    """reference: keep only each layer's input for the backward pass, compute the rest again."""
 
 
 class Mesh(Part):
@@ -281,7 +297,16 @@ class Job(Part):
     @property
     def micro_batch_size(self) -> int:
         """Sequences in one forward and backward pass, over all devices."""
-        return self.train.micro_batch_size or self.sequences_per_step
+        if self.train.micro_batch_size is not None:
+            return self.train.micro_batch_size
+        dp, fsdp, _ = self.mesh_shape
+        return dp * fsdp * self.sequences_per_row
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Completions that share one computation of their prompt in the update."""
+        shared = self.update.design == "layer_major" and self.update.completions_per_row == "group"
+        return self.rollout.group_size if shared else 1
 
     @property
     def grad_accum_steps(self) -> int:
@@ -299,6 +324,11 @@ class Job(Part):
         m = self.mesh
         fsdp = m.fsdp if m.fsdp is not None else self.target.devices // (m.dp * m.tp)
         return m.dp, fsdp, m.tp
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """The trainer computes the sampling policy's logprobs before it updates."""
+        return self.train.updates_per_rollout > 1 or self.train.rollout_correction is not None
 
     @property
     def total_updates(self) -> int:

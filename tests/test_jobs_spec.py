@@ -69,14 +69,15 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     )
     assert len(lines) == 9
     for part in (
-        "v4-9",
-        "steps",
-        "group_size",
-        "'bta'",
+        "accelerator = v4-9",
+        "steps = -1",
+        "rollout.group_size = 0",
+        "unknown key 'bta'",
         "no 'model'",
         "data.source =",
-        "data.path =",
-        "clip_low",
+        "data.path = /nowhere is not",
+        "train.clip_low = 2",
+        "is not of the form key.path=value",
     ):
         assert sum(part in line for line in lines) == 1, part
 
@@ -90,7 +91,27 @@ def test_a_contradiction_with_a_wrong_value_is_not_reported_twice(tmp_path):
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_loads(tmp_path):
     text = "name: x\naccelerator: v4-8\nmodel: m\nrollout: {prompts_per_step: 1, group_size: 1}"
     [line] = problems(tmp_path, text)
+    assert "rollout.prompts_per_step = 1 makes 1 sequences a step" in line
     assert "cannot be shared out over 4 devices (mesh dp 1 x fsdp 4): use a multiple of 4" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mesh: {tp: 2}", "shares its state out over all devices"),
+        ("update: {design: reference, moments: int8}", "is an option of update.design layer_major"),
+        ("update: {host_offload: [lo]}", "update.host_offload = lo needs a TPU"),
+        ("update: {attention: splash}", "update.attention = splash needs a TPU"),
+        ("train: {micro_batch_size: 2}", "cannot be shared out over 4 devices"),
+        (
+            "rollout: {prompts_per_step: 6}\nupdate: {completions_per_row: group}",
+            "in rows of 4 (update.completions_per_row group): use a multiple of 16",
+        ),
+    ],
+)
+def test_an_option_that_the_design_or_the_machine_lacks_is_refused(tmp_path, text, says):
+    [line] = problems(tmp_path, f"name: x\naccelerator: cpu-4\nmodel: tiny\n{text}")
+    assert says in line
 
 
 def test_zero_is_a_value_not_a_default(tmp_path):

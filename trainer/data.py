@@ -245,6 +245,22 @@ class Batch:
             yield jax.tree.map(lambda x, rows=rows: x[rows], self)
 
 
+def abstract_batch(job: Job, *, sequences: int, sharding: Any) -> Batch:
+    """A batch of that many sequences as shapes and dtypes, with the parts that the job needs."""
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    tokens = (sequences, job.rollout.max_completion_tokens)
+    per_token = array(tokens, np.float32)
+    return Batch(
+        tokens=array((sequences, job.max_sequence_tokens), np.int32),
+        prompt_lengths=array((sequences,), np.int32),
+        completion_mask=per_token,
+        weights=per_token,
+        advantages=array((sequences,), np.float32),
+        old_logprobs=per_token if job.needs_old_logprobs else None,
+        ref_logprobs=per_token if job.train.beta else None,
+    )
+
+
 def pack(
     prompts: Sequence[Sequence[int]],
     completions: Completions,

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from trainer import hbm, reward
 from trainer.architecture import Path as LeafPath
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
-from trainer.grpo import group_advantages, token_weights
+from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
 from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
+from trainer.update.masters import cast_tree
 from trainer.update.program import Learned, Update, make_update
 from trainer.weights import Model, load_params, open_model
 
@@ -74,6 +75,7 @@ class Session:
     mesh: Any
     rollout: Rollout
     params: Any
+    mismatch: float | None = None
 
 
 def load(job: Job, phases: Phases) -> Session:
@@ -144,10 +146,10 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
     session = load(job, phases)
     prompts = read_prompts(session, "train")
     tests = read_prompts(session, "test") if job.eval_every_steps else []
-    reference = _reference_params(session) if job.train.beta else None
     update = make_update(job, session.model.architecture, session.mesh)
     state = update.init(session.params)
     session.params = None
+    reference = _reference_params(job, update.params(state)) if job.train.beta else None
     if job.rollout.group_size == 1:
         log.warning("rollout.group_size = 1: every advantage is zero, nothing will be learned")
     with Metrics(job, run_dir) as metrics:
@@ -157,8 +159,9 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
             phases.step, phases.seconds = step, {}
             began = time.monotonic()
             rolled = _roll(session, prompts_of_step(job, prompts, step), step)
+            session.rollout.sleep()
             with phases("update"):
-                state, learned = _learn(job, update, state, _batch(session, rolled), reference)
+                state, learned = _learn(update, state, session, rolled, reference)
             with phases("hand_over"):
                 session.rollout.hand_over(update.params(state))
             record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
@@ -203,10 +206,9 @@ def read_prompts(session: Session, split: str) -> list[Prompt]:
     return prompts
 
 
-def _reference_params(session: Session) -> Any:
-    """A frozen copy of the weights, in the update's compute dtype, for the KL term."""
-    dtype = jnp.dtype(session.job.update.update_dtype)
-    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), session.params)
+def _reference_params(job: Job, params: Any) -> Any:
+    """A frozen copy of the policy's weights, in the update's compute dtype, for the KL term."""
+    return jax.tree.map(jnp.copy, cast_tree(params, jnp.dtype(job.update.update_dtype)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,26 +252,34 @@ def _batch(session: Session, rolled: Rolled) -> Batch:
         sequence_tokens=job.max_sequence_tokens,
         pad_id=session.model.pad_id,
     )
-    advantages = group_advantages(jnp.asarray(rolled.rewards), job.rollout.group_size)
+    loss = LOSSES[job.train.loss]
+    advantages = loss.advantages(jnp.asarray(rolled.rewards), job.rollout.group_size)
+    weights = loss.weights(jnp.asarray(mask), job.rollout.max_completion_tokens)
     return Batch(
         tokens=tokens,
         prompt_lengths=lengths,
         completion_mask=mask,
-        weights=np.asarray(token_weights(jnp.asarray(mask))),
+        weights=np.asarray(weights),
         advantages=np.asarray(advantages),
     )
 
 
 def _learn(
-    job: Job, update: Update, state: Any, batch: Batch, reference: Any
+    update: Update, state: Any, session: Session, rolled: Rolled, reference: Any
 ) -> tuple[Any, list[Learned]]:
     """All updates of one rollout."""
-    old = ref = None
+    job, batch = session.job, _batch(session, rolled)
     if reference is not None:
-        ref = np.asarray(update.logprobs(reference, batch))
-    if job.train.updates_per_rollout > 1:
+        batch = replace(batch, ref_logprobs=np.asarray(update.logprobs(reference, batch)))
+    correction = job.train.rollout_correction
+    if job.needs_old_logprobs:
         old = np.asarray(update.logprobs(update.params(state), batch))
-    batch = Batch(**{**vars(batch), "old_logprobs": old, "ref_logprobs": ref})
+        session.mismatch = _mismatch(old, rolled.completions.logprobs, batch.completion_mask)
+        weights = batch.weights
+        if correction is not None:
+            engine = jnp.asarray(rolled.completions.logprobs)
+            weights = weights * np.asarray(truncated_importance(old, engine, cap=correction))
+        batch = replace(batch, old_logprobs=old, weights=weights)
     learned: list[Learned] = []
     for _ in range(job.train.updates_per_rollout):
         state, said = update.step(state, batch)
@@ -280,6 +290,11 @@ def _learn(
             )
         learned.append(said)
     return state, learned
+
+
+def _mismatch(ours: np.ndarray, engines: np.ndarray, mask: np.ndarray) -> float:
+    """Mean distance of two sets of logprobs over completion tokens, nats."""
+    return float((np.abs(ours - engines) * mask).sum() / max(mask.sum(), 1.0))
 
 
 def _record(session: Session, rolled: Rolled, learned: list[Learned], *, dt_s: float) -> StepRecord:
@@ -305,6 +320,7 @@ def _record(session: Session, rolled: Rolled, learned: list[Learned], *, dt_s: f
         grad_norm=mean("grad_norm"),
         learning_rate=learned[-1].learning_rate,
         kl=mean("kl") if session.job.train.beta else None,
+        mismatch=session.mismatch,
         tokens_per_s=float(completions.lengths.sum()) / dt_s,
         seconds={**phases.seconds, "other": dt_s - sum(phases.seconds.values())},
         dt_s=dt_s,

@@ -36,7 +36,11 @@ class Rollout(Protocol):
     name: str
 
     def hand_over(self, params: Any) -> None:
-        """Take the policy's weights: the trainer's parameter tree."""
+        """Take the policy's weights: the trainer's parameter tree, plain or split."""
+        ...
+
+    def sleep(self) -> None:
+        """Let go of every weight and cache; the next call is `hand_over`."""
         ...
 
     def generate(

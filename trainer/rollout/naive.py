@@ -20,6 +20,7 @@ from trainer.architecture import Architecture
 from trainer.mesh import replicated, sampler_shardings
 from trainer.model import causal_attention, decoder_layer, logits, position_angles, rms_norm
 from trainer.rollout import Completions
+from trainer.update.masters import cast_tree
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -46,9 +47,12 @@ class NaiveRollout:
         self._sample = jax.jit(sample, static_argnames=("settings",))
 
     def hand_over(self, params: Any) -> None:
-        """Copy the policy's weights; the copy before is let go first."""
-        self._weights = None
+        """Take the policy's weights in the sampler's layout and dtype."""
         self._weights = self._to_sampler(params)
+
+    def sleep(self) -> None:
+        """Let go of the weights, until the next hand-over."""
+        self._weights = None
 
     def generate(
         self,
@@ -90,11 +94,12 @@ def _to_sampler(job: Job, architecture: Architecture, mesh: Mesh) -> Any:
     shardings = {**one, "layers": [one["layers"]] * architecture.layers}
 
     def to_sampler(params: Any) -> Any:
-        cast = jax.tree.map(lambda x: x.astype(dtype), params)
-        layers = [
-            {name: leaf[i] for name, leaf in cast["layers"].items()}
-            for i in range(architecture.layers)
-        ]
+        cast = cast_tree(params, dtype)
+        layers = cast["layers"]
+        if isinstance(layers, dict):
+            layers = [
+                {name: leaf[i] for name, leaf in layers.items()} for i in range(architecture.layers)
+            ]
         return {**cast, "layers": layers}
 
     return jax.jit(to_sampler, out_shardings=shardings)

@@ -1,21 +1,27 @@
-"""The optimizer of a job: learning rate by update, what is decayed, Lion or AdamW from optax."""
+"""The optimizer of a job: learning rate, what is decayed, clipping; Lion and AdamW twice.
 
-from typing import Any
+`optimizer` is optax's, over whole trees, for the reference update. `update_leaf` is ours, one leaf
+at a time, with moments in bf16 or int8, for layer_major.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jobs.spec import Job
+from trainer.update.masters import Split, join, split
 
 _NOT_DECAYED = {"norm", "ln1", "ln2", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"}
+ADAM_EPS = 1e-8  # optax's default; added to the root of the corrected second moment
 
 
 def learning_rate(job: Job) -> optax.Schedule:
     """The learning rate of update n, counted from 0.
 
-    Linear from 0 over warmup_steps updates, then constant, or by a half cosine to 0 at the job's
-    last update (arXiv:1608.03983, equation 5, without restarts).
+    Linear up over warmup_steps updates, then constant, or by a half cosine to 0 at the job's last
+    update (arXiv:1608.03983, equation 5, without restarts).
     """
     t = job.train
     after = max(1, job.total_updates - t.warmup_steps)
@@ -32,48 +38,132 @@ def learning_rate(job: Job) -> optax.Schedule:
 
 
 def optimizer(job: Job) -> optax.GradientTransformation:
-    """Clip to the global norm, then Lion (arXiv:2302.06675) or AdamW (arXiv:1711.05101)."""
+    """Lion (arXiv:2302.06675) or AdamW (arXiv:1711.05101) over a tree of f32 gradients."""
     t = job.train
     make = optax.lion if t.optimizer == "lion" else optax.adamw
-    step = make(learning_rate(job), b1=t.b1, b2=t.b2, weight_decay=t.weight_decay, mask=decayed)
-    if t.max_grad_norm is None:
-        return step
-    return optax.chain(optax.clip_by_global_norm(t.max_grad_norm), step)
+    mask = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: decayed(p[-1].key), params)
+    return make(learning_rate(job), b1=t.b1, b2=t.b2, weight_decay=t.weight_decay, mask=mask)
 
 
-def decayed(params: Any) -> Any:
-    """True for matrices, False for norms and biases, in the shape of the parameter tree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in _NOT_DECAYED, params
-    )
+def decayed(leaf: str) -> bool:
+    """Weight decay is for matrices, not for norms and biases."""
+    return leaf not in _NOT_DECAYED
 
 
-def state_shardings(
-    job: Job, abstract_params: Any, params_shardings: Any, replicated: Any
-) -> tuple[Any, Any]:
-    """The optimizer's state as shapes, and where it lies: moments where their parameters lie.
+def clip(gradients: Any, job: Job) -> tuple[Any, jax.Array]:
+    """The gradients as the job's clip leaves them, and their global norm before.
 
     Args:
-        job: names the optimizer.
-        abstract_params: the parameter tree as shapes.
-        params_shardings: the same tree of shardings.
-        replicated: sharding of what belongs to no parameter (counters).
+        gradients: f32 in the shape of the parameter tree, layers stacked.
+        job: train.max_grad_norm, update.clip.
     """
-    transform = optimizer(job)
-    abstract = jax.eval_shape(transform.init, abstract_params)
-    shardings = optax.tree_map_params(
-        transform,
-        lambda _, sharding: sharding,
-        abstract,
-        params_shardings,
-        transform_non_params=lambda _: replicated,
-    )
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    return placed, shardings
+    norm = optax.tree.norm(gradients)
+    if job.update.clip == "global":
+        scale = clip_scale(norm, job)
+        return jax.tree.map(lambda g: g * scale, gradients), norm
+    layers = gradients["layers"]
+    squares = [jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1) for g in layers.values()]
+    by_layer = clip_scale(jnp.sqrt(sum(squares)), job)
+    rest = {name: g for name, g in gradients.items() if name != "layers"}
+    of_rest = clip_scale(optax.tree.norm(rest), job)
+    clipped = {name: g * of_rest for name, g in rest.items()}
+    clipped["layers"] = {
+        name: g * by_layer.reshape(-1, *[1] * (g.ndim - 1)) for name, g in layers.items()
+    }
+    return clipped, norm
 
 
-def global_norm(gradients: Any) -> jax.Array:
-    """The 2-norm of all gradients together, f32[]."""
-    return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+def clip_scale(norm: Any, job: Job) -> Any:
+    """What a gradient of that norm is multiplied by, f32, to have at most max_grad_norm."""
+    limit = job.train.max_grad_norm
+    return jnp.ones_like(norm) if limit is None else limit / jnp.maximum(norm, limit)
+
+
+class Quantized(NamedTuple):
+    """An array in int8 with a scale for each row of its last axis.
+
+    Attributes:
+        values: int8, -127 to 127.
+        scales: f32, the last axis of size 1 on each device.
+    """
+
+    values: Any
+    scales: Any
+
+
+class LeafState(NamedTuple):
+    """A parameter and its moments.
+
+    Attributes:
+        master: the parameter, split.
+        m: the first moment (Lion's only one): bf16, or Quantized.
+        v: the root of AdamW's second moment: bf16, or Quantized; None for Lion. The root, because
+            its range is the square root of the moment's: an int8 of the moment itself would turn
+            most of a row to 0, and divide by it.
+    """
+
+    master: Split
+    m: Any
+    v: Any
+
+
+def encode(moment: jax.Array, job: Job) -> Any:
+    """A moment, f32, as the job keeps it."""
+    if job.update.moments == "bfloat16":
+        return moment.astype(jnp.bfloat16)
+    scales = jnp.max(jnp.abs(moment), axis=-1, keepdims=True) / 127
+    values = jnp.round(moment / jnp.where(scales > 0, scales, 1.0)).astype(jnp.int8)
+    return Quantized(values, scales)
+
+
+def encode_root(root: jax.Array, job: Job) -> Any:
+    """A root of a second moment, f32; int8 is rounded up, so that no update is ever too large."""
+    if job.update.moments == "bfloat16":
+        return root.astype(jnp.bfloat16)
+    scales = jnp.max(root, axis=-1, keepdims=True) / 127
+    values = jnp.ceil(root / jnp.where(scales > 0, scales, 1.0))
+    return Quantized(jnp.minimum(values, 127).astype(jnp.int8), scales)
+
+
+def decode(moment: Any) -> jax.Array:
+    """A moment as f32."""
+    if isinstance(moment, Quantized):
+        return moment.values.astype(jnp.float32) * moment.scales
+    return moment.astype(jnp.float32)
+
+
+def first_state(master: jax.Array, job: Job) -> LeafState:
+    """A parameter, f32, with moments of 0."""
+    zeros = jnp.zeros_like(master)
+    root = encode_root(zeros, job) if job.train.optimizer == "adamw" else None
+    return LeafState(split(master), encode(zeros, job), root)
+
+
+def update_leaf(
+    name: str, state: LeafState, gradient: jax.Array, job: Job, *, count: jax.Array, rate: jax.Array
+) -> LeafState:
+    """One application of the job's optimizer to one leaf.
+
+    Args:
+        name: the leaf's, which decides whether it decays.
+        state: the leaf's.
+        gradient: f32, clipped.
+        job: names the optimizer and its constants.
+        count: i32[], applications before this one.
+        rate: f32[], the learning rate.
+
+    Source: arXiv:2302.06675, algorithm 2; arXiv:1711.05101, algorithm 2, as optax has it.
+    """
+    t = job.train
+    master, m = join(state.master), decode(state.m)
+    decay = t.weight_decay * master if decayed(name) else 0.0
+    if t.optimizer == "lion":
+        change = jnp.sign(t.b1 * m + (1 - t.b1) * gradient) + decay
+        m = t.b2 * m + (1 - t.b2) * gradient
+        return LeafState(split(master - rate * change), encode(m, job), None)
+    m = t.b1 * m + (1 - t.b1) * gradient
+    v = t.b2 * decode(state.v) ** 2 + (1 - t.b2) * gradient**2
+    done = (count + 1).astype(jnp.float32)
+    root = jnp.sqrt(v / (1 - t.b2**done))
+    change = m / (1 - t.b1**done) / (root + ADAM_EPS) + decay
+    return LeafState(split(master - rate * change), encode(m, job), encode_root(jnp.sqrt(v), job))

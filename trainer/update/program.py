@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jobs.spec import Job
 from trainer.architecture import Architecture
 from trainer.data import Batch
-from trainer.grpo import clipped_objective, kl_k3
+from trainer.grpo import LOSSES, sequence_ratios, token_loss
 from trainer.model import hidden_states, token_logprobs
 
 State = Any  # a design's own pytree; donated at every step
@@ -43,24 +43,35 @@ class Update:
     """An update design, ready to run on a mesh.
 
     Attributes:
-        init: parameters (f32, as `mesh.state_shardings` lays them) -> the first state; takes them.
-        params: state -> the policy's parameters, by reference.
+        init: parameters (f32, as `mesh.state_shardings` lays them) -> the first state; the
+            parameters are used up.
+        params: state -> the policy's parameters by reference, plain or split (masters.cast reads
+            either), layers stacked or one by one.
         step: state and the batch of all sequences -> the next state, what was learned.
-        logprobs: parameters, batch -> f32[batch, completion] of its completion tokens.
+        logprobs: parameters (as `params` gives them, or a cast of those), batch ->
+            f32[batch, completion] of its completion tokens.
+        lower: the step's program for the job's shapes, lowered (`jax.stages.Lowered`) and not run:
+            on a mesh of devices that are only described, it can still be compiled.
     """
 
     init: Callable[[Any], State]
     params: Callable[[State], Any]
     step: Callable[[State, Batch], tuple[State, Learned]]
-    logprobs: Callable[[Any, Batch], jax.Array]
+    logprobs: Callable[[Any, Batch], Any]
+    lower: Callable[[], Any]
 
 
 def make_update(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
-    """The update that the job's `update.design` names, for that mesh."""
-    # Imported here: the designs need what this file defines.
-    from trainer.update import reference  # noqa: PLC0415
+    """The update that the job's `update.design` names, for that mesh.
 
-    return reference.make(job, architecture, mesh)
+    Raises:
+        Refusal: an axis does not divide over the devices, or a kernel does not have the shapes.
+    """
+    # Imported here: the designs need what this file defines.
+    from trainer.update import layer_major, reference  # noqa: PLC0415
+
+    designs = {"layer_major": layer_major.make, "reference": reference.make}
+    return designs[job.update.design](job, architecture, mesh)
 
 
 def completion_logprobs(
@@ -103,21 +114,20 @@ def loss(
         f32[], and f32[] sums over completion tokens: entropy, clipped, kl, tokens.
     """
     logprobs, entropy = completion_logprobs(params, batch, job, architecture)
-    old = batch.old_logprobs
-    objective = clipped_objective(
+    ratio = None
+    if LOSSES[job.train.loss].ratio == "sequence" and batch.old_logprobs is not None:
+        current = jax.lax.stop_gradient(logprobs)
+        ratio = sequence_ratios(current, batch.old_logprobs, batch.completion_mask)
+    per_token = token_loss(
         logprobs,
-        jax.lax.stop_gradient(logprobs) if old is None else old,
-        batch.advantages,
-        clip_low=job.train.clip_low,
-        clip_high=job.train.clip_high,
+        batch.advantages[:, None],
+        job,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        sequence_ratio=ratio,
     )
-    per_token = objective.loss
-    kl = jnp.zeros_like(per_token)
-    if batch.ref_logprobs is not None:
-        kl = kl_k3(logprobs, batch.ref_logprobs)
-        per_token = per_token + job.train.beta * kl
     mask = batch.completion_mask
-    sums = {"entropy": entropy, "clipped": objective.clipped, "kl": kl, "tokens": mask}
-    return jnp.sum(per_token * batch.weights), {
+    sums = {"entropy": entropy, "clipped": per_token.clipped, "kl": per_token.kl, "tokens": mask}
+    return jnp.sum(per_token.loss * batch.weights), {
         name: jnp.sum(value * mask) for name, value in sums.items()
     }

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jobs.spec import Job
 from trainer.architecture import Architecture
-from trainer.data import Batch
-from trainer.mesh import abstract_params, by_sequence, replicated, state_shardings
+from trainer.data import Batch, abstract_batch
+from trainer.mesh import abstract_params, by_sequence, replicated
 from trainer.update import optimizer as optimizers
 from trainer.update.program import Learned, Update, completion_logprobs, loss
 
@@ -43,8 +43,16 @@ def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> Referenc
     """The state as shapes, dtypes and shardings, with no memory behind it."""
     params = abstract_params(mesh, architecture, jnp.float32)
     everywhere = replicated(mesh)
-    moments, _ = optimizers.state_shardings(
-        job, params, state_shardings(mesh, architecture), everywhere
+    optimizer = optimizers.optimizer(job)
+    # Moments lie where their parameters lie, counters everywhere.
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(
+            moment.shape, moment.dtype, sharding=param.sharding
+        ),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
     )
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
     return ReferenceState(
@@ -60,7 +68,8 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     """The reference design of `program.Update`."""
     optimizer = optimizers.optimizer(job)
     rate = optimizers.learning_rate(job)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(job, architecture, mesh))
+    abstract = abstract_state(job, architecture, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = replicated(mesh)
 
     def init(params: Any) -> ReferenceState:
@@ -85,13 +94,14 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return jax.lax.cond(last, apply, lambda s: (s, jnp.float32(0)), state)
 
     def apply(state: ReferenceState) -> tuple[ReferenceState, jax.Array]:
-        changes, moments = optimizer.update(state.gradients, state.moments, state.params)
+        gradients, norm = optimizers.clip(state.gradients, job)
+        changes, moments = optimizer.update(gradients, state.moments, state.params)
         return state._replace(
             params=optax.apply_updates(state.params, changes),
             moments=moments,
             gradients=jax.tree.map(jnp.zeros_like, state.gradients),
             updates=state.updates + 1,
-        ), optimizers.global_norm(state.gradients)
+        ), norm
 
     jitted = jax.jit(micro_step, donate_argnums=0, out_shardings=(shardings, everywhere))
     jitted_init = jax.jit(init, donate_argnums=0, out_shardings=shardings)
@@ -123,4 +133,11 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         ]
         return jnp.concatenate(parts)
 
-    return Update(init=jitted_init, params=lambda s: s.params, step=step, logprobs=logprobs)
+    def lower() -> Any:
+        part = abstract_batch(job, sequences=job.micro_batch_size, sharding=by_sequence(mesh))
+        last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere)
+        return jitted.lower(abstract, part, last=last)
+
+    return Update(
+        init=jitted_init, params=lambda s: s.params, step=step, logprobs=logprobs, lower=lower
+    )
