@@ -92,7 +92,7 @@ def place(
         revision = container.image_revision(client, job)
     except container.NoImageError as error:
         raise HostNotFit(f"--where {where}: {error}; or use --where process") from error
-    return client, f"docker (its daemon answers; image {job.image} of commit {revision})"
+    return client, f"docker (a daemon answers; {job.image} was built from commit {revision})"
 
 
 def launch(

@@ -378,6 +378,18 @@ def test_five_mistakes_are_five_lines_and_nothing_is_left_behind(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("host", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:9", "nonsense"])
+def test_a_daemon_that_does_not_answer_is_one_plain_error_with_the_way_out(tmp_path, host):
+    command = headroom("pass", "run", write_job(tmp_path), "--where", "docker")
+    argv = ["env", f"DOCKER_HOST={host}", *command]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: --where docker: no Docker daemon answers at ")
+    assert line.endswith("or use --where process")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("command", ["show", "logs", "cancel"])
 def test_a_run_that_is_not_there_is_one_line(tmp_path, command):
     done = CliRunner().invoke(main, [command, "nope", "--runs", str(tmp_path)])

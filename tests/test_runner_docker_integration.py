@@ -54,7 +54,8 @@ def image(docker_client):
         tag=IMAGE.partition(":")[2],
         changes=['ENTRYPOINT ["/bin/sh", "/told/job.sh"]', "LABEL headroom.test=1"],
     )
-    return IMAGE
+    yield IMAGE
+    docker_client.images.remove(IMAGE, force=True)
 
 
 @pytest.fixture
