@@ -64,12 +64,16 @@ def clip(gradients: Any, job: Job) -> tuple[Any, jax.Array]:
     layers = gradients["layers"]
     squares = [jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1) for g in layers.values()]
     by_layer = clip_scale(jnp.sqrt(sum(squares)), job)
-    rest = {name: g for name, g in gradients.items() if name != "layers"}
-    of_rest = clip_scale(optax.tree.norm(rest), job)
-    clipped = {name: g * of_rest for name, g in rest.items()}
-    clipped["layers"] = {
-        name: g * by_layer.reshape(-1, *[1] * (g.ndim - 1)) for name, g in layers.items()
+    clipped: dict[str, Any] = {
+        "layers": {
+            name: g * by_layer.reshape(-1, *[1] * (g.ndim - 1)) for name, g in layers.items()
+        }
     }
+    # An untied head goes with the final norm; a tied one is the embedding, which then does.
+    groups = [("head", "norm"), ("embed",)] if "head" in gradients else [("embed", "norm")]
+    for group in groups:
+        scale = clip_scale(optax.tree.norm([gradients[name] for name in group]), job)
+        clipped |= {name: gradients[name] * scale for name in group}
     return clipped, norm
 
 

@@ -78,7 +78,7 @@ def to_rows(batch: Batch, job: Job) -> Rows:
 
 
 def abstract_rows(job: Job, sharding: Any) -> Rows:
-    """A step's rows as shapes and dtypes: with old logprobs and a reference where the job has them."""
+    """A step's rows as shapes and dtypes, with the parts that the job needs."""
     per_row, r = job.sequences_per_row, job.rollout
     rows, tokens = job.sequences_per_step // per_row, per_row * r.max_completion_tokens
     array = lambda width, dtype: jax.ShapeDtypeStruct((rows, width), dtype, sharding=sharding)
