@@ -14,7 +14,7 @@ CAUSES = (
     Cause(
         id="version_mismatch",
         depth=180,
-        explanation="Two packages that must match do not: jax, jaxlib, libtpu, or one built on them.",
+        explanation="Two packages that must match do not: jax, jaxlib, libtpu, or one on top.",
         signs=(
             Sign(r"Mismatched PJRT plugin PJRT API version"),
             Sign(r"Unexpected PJRT_\w+ size: expected \d+, got \d+"),

@@ -17,17 +17,22 @@ from runner.verdict import Verdict, decide, read
 _WORDS = one_search(KEY_WORDS)
 _PHRASES = one_search(KEY_PHRASES)
 _SHOWN = 240  # characters of a root line on a terminal
-_OF_ENGINE = ("mem_fraction_static", "max_total_tokens", "max_running_requests", "context_length")
-_ENGINE_CAUSES = (
-    "hbm_program_load",
-    "hbm_alloc",
-    "engine_not_enough_memory",
-    "kv_pool_too_small",
-    "context_too_long",
-    "smem_compile",
+# Section of the job, its knobs, and the causes that ask about them.
+_KNOBS = (
+    (
+        "engine",
+        ("mem_fraction_static", "max_total_tokens", "max_running_requests", "context_length"),
+        (
+            *("hbm_program_load", "hbm_alloc", "engine_not_enough_memory"),
+            *("kv_pool_too_small", "context_too_long", "smem_compile"),
+        ),
+    ),
+    (
+        "train",
+        ("micro_batch_size",),
+        ("hbm_program_load", "hbm_compile", "hbm_alloc", "shard_indivisible"),
+    ),
 )
-_OF_UPDATE = ("micro_batch_size",)
-_UPDATE_CAUSES = ("hbm_program_load", "hbm_compile", "hbm_alloc", "shard_indivisible")
 
 
 def diagnose(
@@ -113,7 +118,10 @@ def arithmetic(numbers: Mapping[str, int | float | str]) -> str:
 
 def _size(size_bytes: int) -> str:
     # On-core memories are a few MiB: in GiB their numbers would all read 0.02.
-    return gib(size_bytes) if abs(size_bytes) >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
+    if size_bytes >= 2**27:
+        return gib(size_bytes)
+    unit, power = ("MiB", 20) if size_bytes >= 2**18 else ("KiB", 10)
+    return f"{size_bytes / 2**power:.2f} {unit}"
 
 
 def _blocks(log: Iterable[bytes] | BinaryIO) -> Iterable[bytes]:
@@ -143,7 +151,12 @@ def _diagnosis(
         line=verdict.line.number if verdict.line else None,
         evidence=list(verdict.evidence),
         numbers=told,
-        advice=[*_of_job(cause, told, job), *_of_plan(told, plan), *cause.advice],
+        advice=[
+            *([verdict.largest] if verdict.largest else []),
+            *_of_job(cause, job),
+            *_of_plan(told, plan),
+            *cause.advice,
+        ],
         retry=cause.retry,
     )
 
@@ -154,21 +167,18 @@ def _confidence(verdict: Verdict) -> Any:
     return "certain" if verdict.certain else "likely"
 
 
-def _of_job(
-    cause: Cause, told: Mapping[str, int | float | str], job: Mapping[str, Any] | None
-) -> Iterator[str]:
+def _of_job(cause: Cause, job: Mapping[str, Any] | None) -> Iterator[str]:
     """The present values of the knobs that this cause asks about."""
-    if job is None:
-        return
-    sections = (
-        ("engine", _OF_ENGINE, _ENGINE_CAUSES),
-        ("train", _OF_UPDATE, _UPDATE_CAUSES),
-    )
-    for section, keys, causes in sections:
-        values: Mapping[str, Any] = job.get(section) or {}
-        now = [f"{section}.{key} = {values[key]}" for key in keys if values.get(key) is not None]
-        if now and cause.id in causes:
-            yield f"This job has {', '.join(now)}."
+    now = [
+        f"{section}.{key} = {values[key]}"
+        for section, keys, causes in _KNOBS
+        if job is not None and cause.id in causes
+        for values in [cast("Mapping[str, Any]", job.get(section) or {})]
+        for key in keys
+        if values.get(key) is not None
+    ]
+    if now:
+        yield f"This job has {', '.join(now)}."
 
 
 def _of_plan(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 
-from runner.cause import Cause, Sign, key_words, size_bytes, spaced
+from jobs.records import gib
+from runner.cause import SIZE, Cause, Sign, key_words, size_bytes, spaced
 from runner.logtext import Line, lines
 
 _MOST_MATCHES = 60  # of one sign in one process's text
@@ -26,6 +27,12 @@ _HANDLED = re.compile(
     r"disabled due to|(?<!while )[Rr]etrying|will (?:be )?retr|entering retry"
     r"|[Ii]gnor(?:ed|ing)\b|non-fatal|[Cc]ontinuing (?:without|anyway)|[Ss]kipping\b|not a failure"
 )
+_TABLE = 6000  # characters after a sign in which the table of allocations may stand
+_LARGEST = re.compile(rf"^\s*1\. Size: ({SIZE})(?:\n(?!\s*2\. Size).*){{0,8}}", re.MULTILINE)
+_OPERATOR = re.compile(r"Operator: .*?op_name=\\?\"([^\"\\]{1,200})")
+_SHAPE = re.compile(r"Shape: (\S+)")
+_PADDING = re.compile(r"\(([\d.]+)x expansion\)")
+_MUCH_PADDING = 1.5
 _TASK_NAMES = re.compile(r"[Tt]imed out task names:\s*((?:\S*/task:\d+\S*\s*)+)")
 
 
@@ -199,6 +206,19 @@ def numbers(found: Finding) -> dict[str, int | float | str]:
     if tasks:
         values["timeout_tasks"] = len(set(re.findall(r"/task:(\d+)", tasks[1])))
     return values
+
+
+def largest_allocation(found: Finding) -> str | None:
+    """The first entry of the compiler's table of allocations, as a sentence; None without one."""
+    table = found.text.text[found.match.start() :][:_TABLE].split(_GAP)[0]
+    entry = _LARGEST.search(table)
+    if entry is None:
+        return None
+    told = [match[1] for match in (_OPERATOR.search(entry[0]), _SHAPE.search(entry[0])) if match]
+    padding = _PADDING.search(entry[0])
+    if padding and float(padding[1]) >= _MUCH_PADDING:
+        told.append(f"{padding[1]} times its size by padding")
+    return ", ".join([f"The largest allocation is {gib(size_bytes(entry[1]))}", *told]) + "."
 
 
 def _nearest(pattern: re.Pattern[str], before: str) -> re.Match[str] | None:

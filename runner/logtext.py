@@ -43,7 +43,9 @@ _LEVELS = re.compile(
     r"|(?P<glog>[IW])(?:\d{4} |\d{4}$| \S+\.(?:cc|py)[:\]]))"
 )
 # Loggers that print their own name between the time and the level.
-_NAMED_LEVEL = re.compile(r"[\w.]{1,40}\s+-?\s*(?:DEBUG|INFO|WARNING|WARN)\b|\S+: WARNING\b")
+_NAMED_LEVEL = re.compile(
+    r"[a-z][\w.]{0,40}(?: - | +)(?:DEBUG|INFO|WARNING|WARN)\b|[a-z][\w.-]*: WARNING\b"
+)
 
 
 class Line(NamedTuple):

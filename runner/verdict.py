@@ -15,7 +15,17 @@ from jobs.records import ExitStatus
 from runner.cause import Cause
 from runner.causes import BY_ID, CAUSES
 from runner.excerpt import Excerpt
-from runner.findings import Finding, Raised, Text, findings, numbers, raised, texts, unbroken
+from runner.findings import (
+    Finding,
+    Raised,
+    Text,
+    findings,
+    largest_allocation,
+    numbers,
+    raised,
+    texts,
+    unbroken,
+)
 from runner.logtext import Line
 
 _EXIT = re.compile(
@@ -48,13 +58,19 @@ _SURVIVED, _WARNING, _STALE = 4000, 1000, 600
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The cause that was decided for, the line that tells, and the numbers of its message."""
+    """The cause that was decided for, the line that tells, and the numbers of its message.
+
+    Attributes:
+        cause, line, certain, numbers, evidence: as in `Diagnosis`.
+        largest: a sentence on the largest allocation, where the compiler printed its table.
+    """
 
     cause: Cause
     line: Line | None
     certain: bool
     numbers: dict[str, int | float | str] = field(default_factory=dict[str, int | float | str])
     evidence: tuple[int, ...] = ()
+    largest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +207,7 @@ def _told(ranked: list[tuple[int, Finding]], depth: int, log: Log) -> Verdict:
         certain=depth < _STALE + 200 and any(one.sign.sure for one in best),
         numbers=numbers(chosen) if cause is chosen.cause else {},
         evidence=tuple(sorted(others)[:8]),
+        largest=largest_allocation(chosen) if chosen.cause.id.endswith("_compile") else None,
     )
 
 
