@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-LARGEST = 3.3961775292304e38  # above it, f32 values round to a bf16 infinity
+LARGEST = 3.396177326406364e38  # bits 0x7F7F7FFF; above it, f32 values round to a bf16 infinity
 
 
 class Split(NamedTuple):
