@@ -117,7 +117,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return np.asarray(found).reshape(np.shape(batch.completion_mask))
 
     return Update(
-        init=_init(job, abstract),
+        init=_init(abstract),
         params=_masters,
         step=step,
         logprobs=logprobs_of,
@@ -125,12 +125,12 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     )
 
 
-def _init(job: Job, abstract: State) -> Callable[[Any], State]:
+def _init(abstract: State) -> Callable[[Any], State]:
     """The first state from f32 parameters, a leaf at a time, each let go as soon as it is split."""
 
     def init(params: Any) -> State:
         take = lambda leaf, at: jax.jit(
-            partial(optimizers.first_state, job=job),
+            partial(optimizers.first_state, like=at),
             out_shardings=jax.tree.map(lambda x: x.sharding, at),
         )(leaf)
         is_leaf = lambda x: isinstance(x, LeafState)

@@ -136,11 +136,10 @@ def decode(moment: Any) -> jax.Array:
     return moment.astype(jnp.float32)
 
 
-def first_state(master: jax.Array, job: Job) -> LeafState:
-    """A parameter, f32, with moments of 0."""
-    zeros = jnp.zeros_like(master)
-    root = encode_root(zeros, job) if job.train.optimizer == "adamw" else None
-    return LeafState(split(master), encode(zeros, job), root)
+def first_state(master: jax.Array, like: LeafState) -> LeafState:
+    """A parameter, f32, with moments of 0 in the shapes and dtypes of `like`."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.m, like.v))
+    return LeafState(split(master), *zeros)
 
 
 def update_leaf(
