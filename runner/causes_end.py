@@ -27,6 +27,7 @@ CAUSES = (
         depth=570,
         explanation="A time limit was over before the program was done.",
         signs=(
+            Sign(r"\"rc\": 124\b", sure=False),
             Sign(r"DUE TO TIME LIMIT|exceeded (?:the )?(?:wall ?(?:clock )?)?time ?limit"),
             Sign(r"TimeoutExpired: .*|timed out after [\d.]+ ?(?:s|sec|m|min|h)"),
             Sign(r"[Aa]sync task did not complete within|Timeout \(\d+s\) waiting for"),
@@ -77,6 +78,7 @@ CAUSES = (
         explanation="The process was killed from outside (SIGTERM and then SIGKILL), not by the"
         " kernel's OOM killer: docker stop, a lost VM, an operator, or the engine's own SIGKILL.",
         signs=(
+            Sign(r"\"rc\": (?:137|143)\b", quiet=True, sure=False),
             Sign(
                 r"SIGTERM (?:caught|received)|[Rr]eceived (?:signal )?(?:15|SIGTERM)",
                 quiet=True,

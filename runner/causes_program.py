@@ -148,6 +148,7 @@ CAUSES = (
                 r"[Uu]nknown (?:key|command line flag|flags? in XLA_FLAGS|backend:?"
                 r"|option|argument)"
             ),
+            Sign(r"Backend '(?!tpu')\w+' is not in the list of known backends"),
             Sign(r"tomllib\.TOMLDecodeError|configparser\.\w+Error|toml\S*DecodeError"),
             Sign(
                 r"exists in these Python versions|: command not found|executable file not found in"
@@ -249,6 +250,7 @@ CAUSES = (
         explanation="The hub cannot be reached, and the files are not in the local cache.",
         signs=(
             Sign(r"couldn't connect to '?https?://\S+ to load"),
+            Sign(r"Couldn't reach .{1,160}(?:on the Hub|huggingface)"),
             Sign(r"We couldn't connect to|LocalEntryNotFoundError: ?.*"),
             Sign(
                 r"OfflineModeIsEnabled|[Oo]ffline mode is enabled"

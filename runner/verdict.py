@@ -51,6 +51,8 @@ _BY_EXIT = {
     130: "interrupted",
 }
 _SILENT = ("nan_loss", "tpu_cpu_fallback", "preempted")
+# Causes that an unknown exception later in the log may well be the consequence of.
+_ANY_MOMENT = ("multihost_missing_worker", "nan_loss", "host_oom")
 _SIGNALLED = ("preempted", "container_killed")
 # Added to the depth of what is set aside, so that it still counts where nothing else is found.
 _SURVIVED, _WARNING, _STALE = 4000, 1000, 600
@@ -249,7 +251,7 @@ def _depth(one: Finding, log: Log, last: Raised | None) -> int:
     bare = not any(chain.first <= one.line.number <= chain.last for chain in log.raised)
     if last and bare and depth >= BY_ID["hf_rate_limit"].depth and one.line.number < last.first:
         # A line of an earlier moment than the exception that ended the program.
-        depth += 0 if one.cause.id in ("multihost_missing_worker", "nan_loss") else _STALE
+        depth += 0 if one.cause.id in _ANY_MOMENT else _STALE
     return depth
 
 

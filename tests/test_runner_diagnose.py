@@ -226,10 +226,26 @@ def test_a_traceback_inside_the_json_of_ansible_is_read():
 
 
 def test_interleaved_workers_do_not_mix_their_numbers():
-    one = f"[worker 0] {LOAD[:120]}\n"
-    two = "[worker 1] Attempting to allocate 9.99G. That was not possible. There are 9.00G free.\n"
-    rest = f"[worker 0] {LOAD[120:]}\n"
-    assert found(one + two + rest).numbers == found(LOAD).numbers
+    cut = LOAD.index(" Attempting")
+    mine = (f"[worker 0] {LOAD[:cut]}\n", f"[worker 0] {LOAD[cut:]}\n")
+    other = (
+        "[worker 1] Attempting to reserve 9.99G at the bottom of memory. There are 9.00G free.\n"
+    )
+    assert found(f"{mine[0]}{other}{mine[1]}").numbers == found(LOAD).numbers
+
+
+def test_a_cut_message_does_not_borrow_the_numbers_of_the_next_one():
+    said = "Error loading program 'jit_a': Attempting to reserve 1.00G at the bottom"
+    text = f"{said}\n{said} of memory. That was not possible. There are 0.50G free"
+    assert found(text).numbers == {"program": "jit_a", "requested_bytes": 2**30}
+
+
+def test_a_broken_message_in_the_middle_of_a_long_log_is_read_whole():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    dull = "\n".join(f"nothing here {one}{two}" for one in letters for two in letters)
+    broken = LOAD.replace(". ", ".\n").replace("loading ", "loading\n")
+    assert found(f"{dull}\n{broken}\n{dull}").numbers == found(LOAD).numbers
+    assert found(f"{dull}\n{broken}\n{dull}").line == 26 * 26 + 1
 
 
 def test_an_error_that_was_survived_is_no_cause():
