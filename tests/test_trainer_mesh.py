@@ -73,12 +73,12 @@ def test_each_device_holds_its_share_of_the_state_and_dp_holds_copies():
 def test_an_axis_that_does_not_divide_is_refused_by_its_name_and_size():
     five = jax.sharding.AbstractMesh((1, 5, 1), ("dp", "fsdp", "tp"))
     with pytest.raises(MeshError, match=r"embed axis of 576 cannot .* mesh\.fsdp = 5"):
-        state_shardings(five, SMOL)  # pyright: ignore[reportArgumentType]
+        state_shardings(five, SMOL)
 
 
 def test_the_sampler_shares_out_what_divides_and_keeps_the_rest_whole():
     five = jax.sharding.AbstractMesh((1, 5, 1), ("dp", "fsdp", "tp"))
-    found = sampler_shardings(five, SMOL)  # pyright: ignore[reportArgumentType]
+    found = sampler_shardings(five, SMOL)
     # 576, 1536, 192 and 49152 are no multiples of 5.
     assert {s.spec for s in jax.tree.leaves(found)} == {
         PartitionSpec(None),
