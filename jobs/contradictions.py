@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ if TYPE_CHECKING:
     from jobs.accelerators import Accelerator
     from jobs.spec import Job
 
+BIND = re.compile(r"(/[^:]*):(/[^:]*)(?::(ro|rw))?", re.DOTALL)  # source, target, ro or rw
+
 
 def contradictions(job: Job) -> list[Problem]:
     """Every contradiction between the values of a job, an unknown accelerator among them."""
-    found = [*_data_contradictions(job), *_engine_contradictions(job)]
+    found = [*_data_contradictions(job), *_engine_contradictions(job), *_bind_contradictions(job)]
     try:
         target = job.target
     except KeyError as error:
@@ -163,3 +166,11 @@ def _engine_contradictions(job: Job) -> list[Problem]:
 
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _bind_contradictions(job: Job) -> list[Problem]:
+    return [
+        Problem("container.binds", bind, "is not of the form /host/folder:/inside, or with :ro")
+        for bind in job.container.binds
+        if not BIND.fullmatch(bind)
+    ]

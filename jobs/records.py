@@ -149,7 +149,8 @@ class ExitStatus(Record):
     """How the trainer's process ended.
 
     Attributes:
-        code: what the operating system or the container said, 0 to 255; 128 + N for signal N.
+        code: what the operating system or the container said, 0 to 255; 128 + N for signal N; 255
+            of a lost run, whose code nobody knows.
         signal: name of the signal that ended it, "SIGKILL", else None.
         oom_killed: the kernel's OOM killer ended it (told by the container engine).
         reason: done: code 0; refused: bad job or unfit host; failed: any other code; interrupted:

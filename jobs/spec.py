@@ -340,6 +340,12 @@ class Job(Part):
         """The container image to run."""
         return self.container.image or f"headroom:{self.target.platform}"
 
+    @property
+    def local_paths(self) -> list[str]:
+        """Files and folders of this machine that the job reads: a container is given each."""
+        model = self.model if self.model.startswith("/") else None
+        return [p for p in (self.data.path, self.evaluation.path, model) if p is not None]
+
     def to_json(self) -> str:
         """The whole job with every default spelled out, as written to job.json."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import docker
+from docker import DockerClient
 from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
-import docker
-from docker import DockerClient
+from jobs.contradictions import BIND
 from jobs.records import LOG_FILE, ExitStatus, Manifest
 from jobs.spec import Job
 from runner import ending
@@ -35,7 +36,6 @@ from runner.provenance import NO_COMMIT
 # docker/Dockerfile installs these, and nothing else, into the trainer's environment.
 _LOCKS = "/opt/locks"
 _LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", re.MULTILINE)
-_BIND = re.compile(r"(/[^:]*):(/[^:]*)(?::(ro|rw))?", re.DOTALL)
 _REVISION = "org.opencontainers.image.revision"
 # A daemon's own default may rotate logs; only a size of its own keeps json-file from it.
 _NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
@@ -109,9 +109,6 @@ def container_options(
         manifest: of the run, for verb, name and commit.
         user: uid and gid that own the run directory.
         environment: variables of this machine that the job may see, with their values.
-
-    Raises:
-        NotStartedError: container.binds cannot be read.
     """
     c = job.container
     uid, gid = user
@@ -164,14 +161,11 @@ def _ulimits(job: Job) -> list[dict[str, Any]]:
 def _mounts(job: Job, run_dir: Path) -> list[dict[str, Any]]:
     """Bind mounts in the API's own form: unlike "a:b:ro" it takes any path, and makes none up."""
     mounts = [_bind(str(run_dir)), _bind(job.cache_dir)]
-    read = [job.data.path, job.model if job.model.startswith("/") else None]
-    mounts += [_bind(path, read_only=True) for path in read if path is not None]
+    mounts += [_bind(path, read_only=True) for path in job.local_paths]
     for bind in job.container.binds:
-        parts = _BIND.fullmatch(bind)
-        if parts is None:
-            form = "/host/folder:/inside or /host/folder:/inside:ro"
-            raise NotStartedError(f"container.binds = {bind} is not of the form {form}")
-        mounts.append(_bind(parts[1], target=parts[2], read_only=parts[3] == "ro"))
+        parts = BIND.fullmatch(bind)
+        if parts is not None:  # the job's own check has refused any other form
+            mounts.append(_bind(parts[1], target=parts[2], read_only=parts[3] == "ro"))
     return mounts
 
 

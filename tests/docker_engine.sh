@@ -111,6 +111,8 @@ stop() {
     done
   fi
   if command -v ip >/dev/null && ip link show "$bridge" >/dev/null 2>&1; then ip link delete "$bridge"; fi
+  # A container with host networking leaves its namespace mounted here.
+  umount "$run"/exec/netns/* 2>/dev/null || true
   rm -rf "$run"
 }
 

@@ -95,6 +95,12 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_loads(tmp_
     assert "cannot be shared out over 4 devices (mesh dp 1 x fsdp 4): use a multiple of 4" in line
 
 
+@pytest.mark.parametrize("bind", ["/a", "a:/b", "/a:b", "/a:/b:rx", "/a:/b:ro:z", ""])
+def test_a_bind_that_cannot_be_read_is_refused_with_its_form(tmp_path, bind):
+    [line] = problems(tmp_path, f"{MINIMAL}container: {{binds: ['{bind}']}}")
+    assert "is not of the form /host/folder:/inside" in line
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -40,6 +40,8 @@ def numbered(count):
 
 # Each kind of problem by its own words, solved from the numbers as they come in the text.
 SOLUTIONS = [
+    (r"has (\d+) \w+ and \w+ gives \w+ (\d+) more\.", lambda a, b: a + b),
+    (r"has (\d+) \w+ and gives (\d+) of them to", lambda a, b: a - b),
     (r"has (\d+) \w+\. \w+ buys (\d+) more and then gives (\d+) to", lambda a, b, c: a + b - c),
     (
         r"fills (\d+) boxes with (\d+) \w+ each, and (\d+) \w+ are left over",
@@ -61,7 +63,7 @@ def test_every_arithmetic_answer_is_right():
         kinds.add(kind)
         assert str(found) == row.answer, row.question
         assert found > 0
-    assert kinds == {0, 1, 2, 3}
+    assert kinds == {0, 1, 2, 3, 4, 5}
 
 
 def test_a_seed_makes_the_same_problems_and_another_seed_or_split_others():
@@ -72,7 +74,7 @@ def test_a_seed_makes_the_same_problems_and_another_seed_or_split_others():
     }
     assert rows[0, "train"] == arithmetic_rows(seed=0, split="train", count=200)
     questions = [{row.question for row in some} for some in rows.values()]
-    # 4 kinds x 110 pairs of names x 8 things x 49 x 10 x 8 numbers: chance meetings are rare.
+    # 6 kinds x 110 pairs of names x 8 things x 7 x 4 numbers or more: meetings are rare.
     for i, some in enumerate(questions):
         for other in questions[i + 1 :]:
             assert len(some & other) < 10

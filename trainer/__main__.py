@@ -18,7 +18,8 @@ from trainer.refusal import Refusal
 
 VERBS = ("train", "evaluate")
 USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json"
-REFUSED, WRONG_USAGE = 1, 2
+# 70 is EX_SOFTWARE: Python's own code for an uncaught exception is 1, which is a refusal here.
+REFUSED, WRONG_USAGE, FAILED = 1, 2, 70
 
 log = logging.getLogger("trainer")
 
@@ -41,22 +42,26 @@ def set_environment(job: Job) -> None:
 def run(verb: str, job: Job, run_dir: Path) -> None:
     """Import what the verb needs, and do it. A failure is written down before it goes on."""
     set_environment(job)
-    import jax
-
-    from trainer import metrics, train
-
-    jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    phases = train.Phases(run_dir)
+    phase, step = "import", -1
     try:
+        import jax
+
+        from trainer import metrics, train
+
+        jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
-        {"train": train.train, "evaluate": train.evaluate_only}[verb](job, run_dir, phases)
+        phases = train.Phases(run_dir)
+        try:
+            {"train": train.train, "evaluate": train.evaluate_only}[verb](job, run_dir, phases)
+        finally:
+            phase, step = phases.phase, phases.step
     except Exception as error:
         failure = Failure(
             kind=type(error).__name__,
             message=str(error),
-            phase=phases.phase,
-            step=phases.step,
+            phase=phase,
+            step=step,
             traceback=traceback.format_exc(),
         )
         (run_dir / FAILURE_FILE).write_text(failure.model_dump_json(indent=2) + "\n")
@@ -76,7 +81,7 @@ def _refuse(lines: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb; the exit code: 0 done, 1 refused, 2 usage; a failure ends in its traceback."""
+    """Run a verb; the exit code: 0 done, 1 refused, 2 usage, 70 failed, with its traceback."""
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
     for name in ("jax", "absl", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -90,6 +95,9 @@ def main(argv: list[str]) -> int:
         run(argv[0], load(path), path.parent)
     except (JobError, Refusal) as error:
         return _refuse(str(error))
+    except Exception:  # noqa: BLE001 - `run` has written it down
+        traceback.print_exc()
+        return FAILED
     return 0
 
 

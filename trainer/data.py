@@ -122,7 +122,7 @@ _THINGS = ("apples", "marbles", "stamps", "pencils", "shells", "coins", "books",
 
 
 def arithmetic_rows(*, seed: int, split: str, count: int) -> list[Row]:
-    """Word problems of our own, each of two steps, with whole numbers above 0 as answers.
+    """Word problems of our own, of one or two steps, with whole numbers above 0 as answers.
 
     Args:
         seed: of the generator; another seed makes other problems.
@@ -136,9 +136,19 @@ def arithmetic_rows(*, seed: int, split: str, count: int) -> list[Row]:
 def _arithmetic_row(draw: random.Random) -> Row:
     name, other = draw.sample(_NAMES, 2)
     thing = draw.choice(_THINGS)
-    a, b, c = draw.randint(12, 60), draw.randint(2, 11), draw.randint(2, 9)
+    a, b, c = draw.randint(6, 12), draw.randint(2, 8), draw.randint(2, 5)
     question, answer = draw.choice(
         [
+            (
+                f"{name} has {a} {thing} and {other} gives {name} {b} more. "
+                f"How many {thing} does {name} have now?",
+                a + b,
+            ),
+            (
+                f"{name} has {a} {thing} and gives {c} of them to {other}. "
+                f"How many {thing} does {name} have left?",
+                a - c,
+            ),
             (
                 f"{name} has {a} {thing}. {name} buys {b} more and then gives {c} to {other}. "
                 f"How many {thing} does {name} have now?",
