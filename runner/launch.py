@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from docker import DockerClient
+
 from jobs.records import ExitStatus, Manifest
 from jobs.spec import Job
 from runner import container, ending, supervise

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
+from docker import DockerClient
 from docker.errors import NotFound
 
-from docker import DockerClient
 from jobs.records import ExitStatus, Manifest
 from jobs.spec import JobError, load
 from runner import container, ending

@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import docker
+import pytest
 
 # Before any test file imports JAX: four virtual devices to lay meshes on, never an accelerator that
 # happens to be here, and programs compiled once for all runs of the tests.
