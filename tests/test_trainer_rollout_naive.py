@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jobs.spec import Job, Mesh, Rollout
+from jobs.spec import Job, Mesh, Rollout, Update
 from trainer.data import pack
-from trainer.mesh import make_mesh
+from trainer.mesh import make_mesh, state_shardings
 from trainer.model import hidden_states, logits, token_logprobs
 from trainer.rollout.naive import NaiveRollout, gumbel_noise, restrict
+from trainer.update.program import make_update
 from trainer.weights import load_params, open_model
 
 PROMPTS = [[10, 20, 30], [7], list(range(40, 52)), [200, 201, 202, 203, 204]]
@@ -294,3 +295,27 @@ def test_bfloat16_samples_from_nearly_the_same_distribution(make, params, model)
     found, expected = (generate(s).logprobs[:, 0] for s in (half, make()))
     # 8 bits in each of 2 layers' sums: a few per cent; a wrong cast (of rope, of norms) is more.
     np.testing.assert_allclose(found, expected, atol=0.15)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_split_masters_of_single_layers_are_sampled_from_without_a_copy(model, devices):
+    job = Job(
+        name="naive",
+        accelerator=f"cpu-{devices}",
+        model="tiny",
+        rollout=Rollout(dtype="bfloat16"),
+        update=Update(layers="per_layer"),
+    )
+    mesh = make_mesh(job, jax.devices()[:devices])
+    shardings = state_shardings(mesh, model.architecture)
+    whole = jax.device_put(load_params(model, lambda _, leaf: leaf), shardings)
+    update = make_update(job, model.architecture, mesh)
+    masters = update.params(update.init(whole))
+    sampler = NaiveRollout(job, model.architecture, mesh, eos_ids=EOS)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    sampler.hand_over(masters)
+    assert sum(x.nbytes for x in jax.live_arrays()) == before
+    assert sampler.weights["layers"][1]["q"] is masters["layers"][1]["q"].hi
+    assert sampler.weights["embed"] is masters["embed"].hi
+    sampler.sleep()
+    assert sampler.weights is None

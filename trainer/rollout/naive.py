@@ -20,7 +20,7 @@ from trainer.architecture import Architecture
 from trainer.mesh import replicated, sampler_shardings
 from trainer.model import causal_attention, decoder_layer, logits, position_angles, rms_norm
 from trainer.rollout import Completions
-from trainer.update.masters import cast_tree
+from trainer.update.masters import Split, cast_tree
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -35,7 +35,7 @@ class NaiveRollout:
     ) -> None:
         self._job = job
         self._mesh = mesh
-        self._weights: Any = None
+        self.weights: Any = None
         self._settings = Settings(
             architecture=architecture,
             eos_ids=tuple(eos_ids),
@@ -43,16 +43,23 @@ class NaiveRollout:
             top_k=job.rollout.top_k,
             top_p=job.rollout.top_p,
         )
-        self._to_sampler = _to_sampler(job, architecture, mesh)
+        self._shardings = _layer_by_layer(sampler_shardings(mesh, architecture), architecture)
+        self._to_sampler = _to_sampler(job, architecture, self._shardings)
         self._sample = jax.jit(sample, static_argnames=("settings",))
 
     def hand_over(self, params: Any) -> None:
-        """Take the policy's weights in the sampler's layout and dtype."""
-        self._weights = self._to_sampler(params)
+        """Take the policy's weights in the sampler's layout and dtype.
+
+        Split masters that lie as the sampler wants them, one by one and in bf16, are taken by
+        reference: the state must not be donated before `sleep`.
+        """
+        self.weights = hi_by_reference(params, self._shardings)
+        if self.weights is None or self._job.rollout.dtype != "bfloat16":
+            self.weights = self._to_sampler(params)
 
     def sleep(self) -> None:
         """Let go of the weights, until the next hand-over."""
-        self._weights = None
+        self.weights = None
 
     def generate(
         self,
@@ -76,7 +83,7 @@ class NaiveRollout:
             seed=np.uint32(job.seed),
         )
         request = jax.device_put(request, replicated(self._mesh))
-        end = self._sample(self._weights, request, settings=self._settings)
+        end = self._sample(self.weights, request, settings=self._settings)
         done, tokens, logprobs = jax.device_get((end.done, end.tokens, end.logprobs))
         first_eos = np.isin(tokens, self._settings.eos_ids).argmax(axis=1)
         return Completions(
@@ -87,11 +94,25 @@ class NaiveRollout:
         )
 
 
-def _to_sampler(job: Job, architecture: Architecture, mesh: Mesh) -> Any:
+def _layer_by_layer(shardings: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    return {**shardings, "layers": [shardings["layers"]] * architecture.layers}
+
+
+def hi_by_reference(params: Any, shardings: Any) -> Any:
+    """The masters' `hi`, where every leaf is split and lies as wanted; else None. No copies."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Split))
+    wanted, wanted_tree = jax.tree.flatten(shardings)
+    if tree != wanted_tree or not all(
+        isinstance(leaf, Split) and leaf.hi.sharding.is_equivalent_to(sharding, leaf.hi.ndim)
+        for leaf, sharding in zip(leaves, wanted, strict=True)
+    ):
+        return None
+    return jax.tree.unflatten(tree, [leaf.hi for leaf in leaves])
+
+
+def _to_sampler(job: Job, architecture: Architecture, shardings: Any) -> Any:
     """The jitted map from the trainer's parameters to the sampler's: cast, one tree a layer."""
-    one = sampler_shardings(mesh, architecture)
     dtype = jnp.dtype(job.rollout.dtype)
-    shardings = {**one, "layers": [one["layers"]] * architecture.layers}
 
     def to_sampler(params: Any) -> Any:
         cast = cast_tree(params, dtype)
