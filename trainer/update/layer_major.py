@@ -226,9 +226,25 @@ def _over_layers(
     return carry, kept
 
 
-def _tied(layers: Any, layer: Any, to: jax.Array) -> Any:
+def _tied(program: Program, layers: Any, layer: Any, to: jax.Array) -> Any:
     """The layer, to be touched only once `to` is there: unrolled, XLA would gather all first."""
-    return jax.lax.optimization_barrier((layer, to))[0] if isinstance(layers, list) else layer
+    if not isinstance(layers, list):
+        return layer
+    return _behind(program, jax.lax.optimization_barrier((layer, to))[0], to)
+
+
+def _behind(program: Program, value: Any, to: jax.Array) -> Any:
+    """The value; on virtual CPU devices not before `to` is there.
+
+    XLA's CPU runtime (jaxlib 0.8.2) starts a collective that follows a loop while the loop's own
+    still run, unless one needs what the other gives: devices then wait for each other for ever, or
+    take each other's arrays. Barriers are gone by then, so here a number of `to` decides what is
+    read: a dependency that cannot be optimised away, and changes nothing until there is a NaN.
+    """
+    if program.shards == 1 or program.job.target.platform != "cpu":
+        return value
+    broken = jnp.isnan(to.reshape(-1)[0])
+    return jax.tree.map(lambda x: jnp.where(broken, jnp.zeros_like(x), x), value)
 
 
 def _micro_batches(program: Program, rows: Rows) -> Any:
@@ -244,7 +260,9 @@ def _forward(program: Program, params: Any, rows: Rows, *, keep: bool) -> tuple[
     x = jax.lax.map(partial(heads.embed, table), tokens)
 
     def body(x: jax.Array, i: Any, _: Any) -> tuple[jax.Array, Any]:
-        weights = _gathered(program, _tied(layers, layer_masters(layers, i, program.job), x))
+        weights = _gathered(
+            program, _tied(program, layers, layer_masters(layers, i, program.job), x)
+        )
         one = lambda part: _layer(program, part[0], weights, part[1])
         return jax.lax.map(one, (x, (positions, real))), x if keep else None
 
@@ -333,8 +351,11 @@ def _clipped_by_layer(
     if not program.architecture.tied_head:
         after, square = group(above)
         after, dx = jax.lax.optimization_barrier((after, dx))
-        above = {}
+        dx, above = _behind(program, dx, square), {}
+    else:
+        dx = _behind(program, dx, above["norm"])
     dx, layers, of_layers = _backward_fused(program, state, rows, dx, inputs, apply)
+    dx = _behind(program, dx, of_layers)
     rest, of_rest = group(_with_embedding(program, rows, dx, above))
     return {**after, **rest, "layers": layers}, square + of_layers + of_rest
 
@@ -344,8 +365,10 @@ def _clipped_by_global_norm(
 ) -> tuple[State, jax.Array]:
     """The new state, all gradients clipped by their norm together; the square of that norm."""
     dx = top.dx.reshape(_micro_batches(program, rows)[0].shape + top.dx.shape[-1:])
+    above = _above(program, top)
+    dx = _behind(program, dx, above["norm"])
     (dx, square), kept = _backward_kept(program, state, rows, dx, inputs)
-    rest = _with_embedding(program, rows, dx, _above(program, top))
+    rest = _with_embedding(program, rows, _behind(program, dx, square), above)
     square = square + _square_norm(rest)
     scale = clip_scale(jnp.sqrt(square), program.job)
     after: State = {name: apply(name, state[name], g * scale) for name, g in rest.items()}
@@ -409,7 +432,7 @@ def _backward_fused(
 
     def body(carry: Any, i: Any, x: jax.Array) -> tuple[Any, None]:
         dx, layers, square = carry
-        layer = _tied(layers, layer_of(layers, i, program.job), dx)
+        layer = _tied(program, layers, layer_of(layers, i, program.job), dx)
         gradients, dx = _layer_gradient(program, layer, rows, dx, x)
         of_layer = _square_norm(gradients)
         scale = clip_scale(jnp.sqrt(of_layer), program.job)
@@ -433,7 +456,7 @@ def _backward_kept(
 
     def body(carry: Any, i: Any, x: jax.Array) -> tuple[Any, Any]:
         dx, square = carry
-        layer = _tied(layers, layer_of(layers, i, program.job), dx)
+        layer = _tied(program, layers, layer_of(layers, i, program.job), dx)
         gradients, dx = _layer_gradient(program, layer, rows, dx, x)
         kept = {name: g.astype(jnp.bfloat16) for name, g in gradients.items()}
         return (dx, square + _square_norm(gradients)), kept
