@@ -32,6 +32,7 @@ class World:
     trainer: tuple[str, ...] | None = None
 
 
+_INTERRUPTED = 130  # 128 + SIGINT
 _world = click.make_pass_decorator(World, ensure=True)
 _runs = click.option(
     "--runs",
@@ -53,7 +54,19 @@ class Refused(click.ClickException):
             click.echo(f"Error: {line}", file=file, err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Commands that end with 130 at Ctrl-C, as the shell and our own `run` have it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            _say("interrupted")
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="headroom")
 def main() -> None:
     """Run GRPO jobs, and know every byte of HBM before, during and after.
@@ -104,23 +117,33 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     \b
     headroom run jobs/smoke.yaml --set steps=3 --where process
     """
-    from runner import archive, launch
-    from runner.provenance import checkout
+    from runner.watch import Interrupts
 
-    job = _load(job_file, overrides, from_env=from_env)
-    try:
-        client, why = launch.place(where, job)
-        _say(f"running in {why}")
-        kind = "process" if client is None else "docker"
-        with archive.create(
-            job, verb=verb, where=kind, runs=runs, code=checkout(launch.CODE)
-        ) as made:
-            _say(f"run directory: {made.path}")
-            out = _raw("stderr" if as_json else "stdout")
-            trainer = launch.TRAINER if world.trainer is None else world.trainer
-            manifest = launch.launch(made, job, client=client, out=out, say=_say, trainer=trainer)
-    except (launch.HostNotFit, OSError) as error:
-        raise Refused(str(error)) from error
+    # Before anything is made: from here on a signal ends in an exit status.
+    with Interrupts() as interrupts:
+        from runner import archive, launch
+        from runner.provenance import checkout
+
+        job = _load(job_file, overrides, from_env=from_env)
+        try:
+            client, why = launch.place(where, job)
+            _say(f"running in {why}")
+            kind = "process" if client is None else "docker"
+            code = checkout(launch.CODE)
+            _leave_if_asked(interrupts.numbers)
+            with archive.create(job, verb=verb, where=kind, runs=runs, code=code) as made:
+                _say(f"run directory: {made.path}")
+                manifest = launch.launch(
+                    made,
+                    job,
+                    client=client,
+                    out=_raw("stderr" if as_json else "stdout"),
+                    say=_say,
+                    trainer=launch.TRAINER if world.trainer is None else world.trainer,
+                    interrupts=interrupts,
+                )
+        except (launch.HostNotFit, OSError) as error:
+            raise Refused(str(error)) from error
     sys.exit(_end(made, manifest, as_json=as_json))
 
 
@@ -251,6 +274,15 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
         stream = blocks(Path(log), ended=(lambda: False) if follow else None)
     for diagnosis in find_causes(stream) if follow else [find_cause(stream)]:
         _print_diagnosis(diagnosis, as_json=as_json)
+
+
+def _leave_if_asked(numbers: list[int]) -> None:
+    """End as the first signal asks: nothing was made yet."""
+    from runner.ending import signal_name
+
+    if numbers:
+        _say(f"{signal_name(numbers[0])}: stopped before the run was made")
+        sys.exit(128 + numbers[0])
 
 
 def _load(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":

@@ -16,7 +16,7 @@ import signal
 import tarfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ _REVISION = "org.opencontainers.image.revision"
 # A daemon's own default may rotate logs; only a size of its own keeps json-file from it.
 _NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
 _PING_S = 10
+# A busy daemon makes a container of a large image in tens of seconds.
+_START_S = 300
 _RETRY_S = 1.0
 _END_LINES = 100
 
@@ -184,26 +186,45 @@ def start(client: DockerClient, run: RunDir, options: dict[str, Any]) -> "Contai
     Raises:
         NotStartedError: with the daemon's own words.
     """
-    container = None
     try:
-        image = client.images.get(options["image"])
-        container = client.containers.create(**options)
-        run.update(
-            container=container.id,
-            image=f"{options['image']}@{image.id}",
-            command=options["command"],
-            packages=locked_packages(container),
-        )
-        container.start()
-    except DockerException as error:
-        if container is not None:
-            remove(client, container.id)
+        with _patient(client):
+            image = client.images.get(options["image"])
+            container = client.containers.create(**options)
+            run.update(
+                container=container.id,
+                image=f"{options['image']}@{image.id}",
+                command=options["command"],
+                packages=locked_packages(container),
+            )
+            container.start()
+    except (DockerException, OSError) as error:
+        # By its name: where the daemon answered too late nobody was told the id.
+        _remove_ours(client, options["name"], run)
         said = getattr(error, "explanation", None) or str(error)
         raise NotStartedError(
             f"Docker would not start the container: {said}{_hint(said)}"
         ) from error
     run.update(state="running", started=now())
     return ContainerTask(client, run, str(container.id))
+
+
+@contextlib.contextmanager
+def _patient(client: DockerClient) -> Generator[None]:
+    """Wait longer for each of the daemon's answers while the `with` lasts."""
+    before = client.api.timeout
+    client.api.timeout = _START_S
+    try:
+        yield
+    finally:
+        client.api.timeout = before
+
+
+def _remove_ours(client: DockerClient, name: str, run: RunDir) -> None:
+    """Remove a container by name, unless it is of a run in another folder."""
+    with contextlib.suppress(DockerException, OSError):
+        found = client.containers.get(name)
+        if found.labels.get("headroom.run_dir") == str(run.path):
+            found.remove(force=True, v=True)
 
 
 def _hint(said: str) -> str:

@@ -26,6 +26,11 @@ def signal_name(number: int) -> str:
         return f"SIG{number}"
 
 
+def before_start(number: int) -> ExitStatus:
+    """How a run ended that a signal stopped before its job was started."""
+    return ExitStatus(code=128 + number, signal=signal_name(number), reason="interrupted")
+
+
 def of_process(returncode: int, *, stopped: bool) -> ExitStatus:
     """How a process ended.
 

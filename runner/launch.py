@@ -96,7 +96,7 @@ def place(
     return client, f"docker (a daemon answers; {job.image} was built from commit {revision})"
 
 
-def launch(
+def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by name
     run: RunDir,
     job: Job,
     *,
@@ -104,6 +104,7 @@ def launch(
     out: BinaryIO,
     say: Say,
     trainer: Sequence[str] = TRAINER,
+    interrupts: Interrupts | None = None,
 ) -> Manifest:
     """Run a created run's job to its end, whatever comes, and finish its archive.
 
@@ -114,10 +115,13 @@ def launch(
         out: where the log is shown as it grows.
         say: is told what a person should know.
         trainer: the program of the process way.
+        interrupts: entered before the run was made, so that no signal is missed; released when
+            its archive is finished. None: none will come.
 
     Raises:
         HostNotFit: the job could not be started; the archive says so too.
     """
+    interrupts = Interrupts() if interrupts is None else interrupts
     for name in unset(here(), job.container.pass_env):
         say(f"container.pass_env: {name} is not set here: the job runs without it")
     grace_s = job.container.stop_grace_s
@@ -127,7 +131,9 @@ def launch(
         follower.patience_s = _PATIENCE_S
         say(describe(number, grace_s))
 
-    with Follower(run.log_file, out) as follower, Interrupts() as interrupts:
+    with Follower(run.log_file, out) as follower:
+        if interrupts.numbers:
+            return _stopped_before_start(run, interrupts.numbers[0], say)
         try:
             task = start(run, job, client=client, trainer=trainer)
         except HostNotFit as error:
@@ -137,9 +143,17 @@ def launch(
             raise
         status = watch(task, interrupts, grace_s=grace_s, asked=asked)
         manifest = conclude(run, status)
-    if client is not None:
-        container.remove(client, manifest.container)
+        if client is not None:
+            container.remove(client, manifest.container)
+        # What is left is to show the log: Ctrl-C may end that.
+        interrupts.release()
     return manifest
+
+
+def _stopped_before_start(run: RunDir, number: int, say: Say) -> Manifest:
+    run.ask_to_stop(ending.signal_name(number))
+    say(f"{ending.signal_name(number)}: the job is not started")
+    return conclude(run, ending.before_start(number))
 
 
 # What `docker run` says when the daemon, not the program, failed.
@@ -170,6 +184,8 @@ def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequen
         return container.start(client, run, options)
     except container.NotStartedError as error:
         raise HostNotFit(str(error)) from error
+    except OSError as error:
+        raise HostNotFit(f"the container was not made: {error}; see cache_dir") from error
 
 
 def _make_for(folder: Path, owner: os.stat_result) -> None:
@@ -190,15 +206,18 @@ def _start_process(run: RunDir, command: list[str], environment: dict[str, str])
     # The job writes the log itself: it lasts when the runner is killed, and no slow reader of ours
     # can hold the job up.
     with run.log_file.open("ab") as log:
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            cwd=run.path,
-            start_new_session=True,
-        )
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=run.path,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise HostNotFit(f"the job's process cannot be started: {error}") from error
     while not run.process_file.exists() and child.poll() is None:
         time.sleep(0.005)
     task = ProcessTask(run, child=child)

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 from docker import DockerClient
 from docker.errors import NotFound
 
 from jobs.records import ExitStatus, Manifest
-from jobs.spec import JobError, load
 from runner import container, ending
 from runner.archive import RunDir
 from runner.conclude import conclude
@@ -19,6 +19,7 @@ Connect = Callable[[], DockerClient]
 
 # A finisher that we wait for only writes a few small files and hashes a log.
 _FINISHER_S = 60.0
+_START_S = 60.0
 _DEFAULT_GRACE_S = 30
 
 
@@ -92,8 +93,11 @@ def cancel(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
     if manifest.exit_status is not None:
         return manifest
     _same_host(manifest)
+    manifest = _once_started(run, manifest, connect=connect)
+    if manifest.exit_status is not None:
+        return manifest
     run.ask_to_stop("SIGTERM")
-    stop_and_wait(_task(run, manifest, connect=connect), grace_s=_grace_s(run))
+    stop_and_wait(_task(run, manifest, connect=connect), grace_s=grace_s(run))
     # Its runner, if it has one, sees the end as we do and finishes the archive.
     deadline = time.monotonic() + _FINISHER_S
     while (manifest := settle(run, connect=connect)).exit_status is None:
@@ -103,14 +107,41 @@ def cancel(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
     return manifest
 
 
+def _once_started(run: RunDir, manifest: Manifest, *, connect: Connect) -> Manifest:
+    """The manifest when there is a job that can be signalled, or when the run has ended.
+
+    Raises:
+        CannotTellError: its runner is still about to start it.
+    """
+    deadline = time.monotonic() + _START_S
+    while manifest.exit_status is None and not _is_started(run, manifest):
+        if time.monotonic() > deadline:
+            raise CannotTellError(
+                f"its runner has not started it within {_START_S:g} s and it is not stopped: "
+                "cancel it again, or stop its runner"
+            )
+        time.sleep(0.05)
+        manifest = settle(run, connect=connect)
+    return manifest
+
+
+def _is_started(run: RunDir, manifest: Manifest) -> bool:
+    # A process is known by its supervisor's record, a little after the manifest says running.
+    if manifest.where == "process":
+        return run.process_file.exists() or run.exit_file.exists()
+    return manifest.state == "running"
+
+
 def _task(run: RunDir, manifest: Manifest, *, connect: Connect) -> Task:
     if manifest.where == "process":
         return ProcessTask(run)
     return container.OthersTask(_client(manifest, connect), run, str(manifest.container))
 
 
-def _grace_s(run: RunDir) -> float:
-    try:
-        return load(run.job_file).container.stop_grace_s
-    except JobError:  # job.json is damaged, or of another version: the run is to stop all the same
-        return _DEFAULT_GRACE_S
+def grace_s(run: RunDir) -> float:
+    """Seconds between SIGTERM and SIGKILL: the job's, or a default where job.json does not tell."""
+    # Not `load`: data that has moved since, or a job.json of another version, must not change it.
+    part = (run.read_json(run.job_file) or {}).get("container")
+    asked = cast("dict[str, Any]", part).get("stop_grace_s") if isinstance(part, dict) else None
+    told = isinstance(asked, int | float) and not isinstance(asked, bool)
+    return asked if told else _DEFAULT_GRACE_S

@@ -55,8 +55,13 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back to who had them, before the `with` ends."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
 
 def watch(

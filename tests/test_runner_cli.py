@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,6 +132,58 @@ def test_a_signal_stops_the_job_and_the_archive_is_finished(started, tmp_path, n
     assert f"exit_status={code}\n" in out
     assert log_in(tmp_path).endswith(f"\nexit_status={code}\n")
     assert manifest_in(tmp_path).log_sha256 is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_a_signal_right_after_the_run_was_made_leaves_its_exit_status(tmp_path, number, code):
+    argv = headroom(WAIT_FOR_IT, "run", write_job(tmp_path), "--where", "process")
+    runner = subprocess.Popen(
+        argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not runner.stderr.readline().startswith("headroom: run directory:"):
+            assert runner.poll() is None
+        runner.send_signal(number)
+        out, errors = runner.communicate(timeout=60)
+    finally:
+        runner.kill()
+    assert runner.returncode == code, errors
+    manifest = manifest_in(tmp_path)
+    assert (manifest.exit_status.code, manifest.exit_status.reason) == (code, "interrupted")
+    assert f"exit_status={code}\n" in out
+    assert log_in(tmp_path).endswith(f"exit_status={code}\n")
+
+
+def test_a_signal_before_the_run_was_made_makes_none(tmp_path):
+    # The daemon that is asked first never answers: this socket takes the call and says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as daemon:
+        command = headroom("pass", "run", write_job(tmp_path))
+        host = f"DOCKER_HOST=tcp://127.0.0.1:{daemon.getsockname()[1]}"
+        argv = ["env", host, *command]
+        runner = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        try:
+            with daemon.accept()[0]:
+                runner.terminate()
+            _, errors = runner.communicate(timeout=60)
+        finally:
+            runner.kill()
+    assert runner.returncode == 143, errors
+    assert "SIGTERM: stopped before the run was made" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_ends_any_command_with_130(started, tmp_path):
+    started(WAIT_FOR_IT)
+    reader = subprocess.Popen(
+        headroom("pass", "logs", "latest", "-f"),
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert reader.stdout.readline() == "up\n"
+    reader.send_signal(signal.SIGINT)
+    _, errors = reader.communicate(timeout=30)
+    assert (reader.returncode, errors) == (130, "headroom: interrupted\n")
 
 
 def test_a_job_that_will_not_stop_is_killed_after_the_grace(started, tmp_path):

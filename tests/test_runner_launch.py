@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import re
 import signal
@@ -9,14 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
+from docker.errors import NotFound
 from fakes import trainer, write_job
 
 from jobs.spec import load
 from runner import archive, launch
+from runner import status as state
 from runner.container import NoDaemonError
 from runner.process import ProcessTask
 from runner.provenance import Checkout
 from runner.supervise import start_ticks
+from runner.watch import Interrupts
 
 CODE = Checkout(commit=None, dirty=None)
 SECRET = "s3cr3t-value-of-a-test"  # noqa: S105 - of nothing
@@ -207,6 +212,134 @@ def test_a_program_that_is_not_there_is_status_127(tmp_path):
         )
     assert manifest.exit_status.code == 127
     assert b"/nowhere/python" in out.getvalue()
+
+
+def test_a_signal_that_came_before_the_start_ends_the_run_without_its_job(tmp_path):
+    job = load(write_job(tmp_path))
+    interrupts = Interrupts()
+    interrupts.numbers += [signal.SIGINT, signal.SIGTERM]
+    with archive.create(
+        job, verb="train", where="process", runs=tmp_path / "runs", code=CODE
+    ) as run:
+        manifest = launch.launch(
+            run, job, client=None, out=io.BytesIO(), say=str, trainer=trainer("print('ran')"),
+            interrupts=interrupts,
+        )  # fmt: skip
+    status = manifest.exit_status
+    assert (status.code, status.signal, status.reason) == (130, "SIGINT", "interrupted")
+    assert run.log_file.read_text() == "exit_status=130\n"
+    assert not run.process_file.exists()
+
+
+def test_a_run_that_is_about_to_start_is_cancelled_once_it_has_started(tmp_path):
+    job = load(write_job(tmp_path))
+    done = []
+
+    def cancel(run):
+        done.append(state.cancel(run))
+
+    with archive.create(
+        job, verb="train", where="process", runs=tmp_path / "runs", code=CODE
+    ) as run:
+        canceller = threading.Thread(target=cancel, args=(run,))
+        canceller.start()
+        # Longer than the canceller needs to look: it has nothing to signal yet.
+        canceller.join(0.5)
+        assert canceller.is_alive()
+        assert not run.stop_file.exists()
+        code = "import time; time.sleep(600)"
+        manifest = launch.launch(
+            run, job, client=None, out=io.BytesIO(), say=str, trainer=trainer(code)
+        )
+    canceller.join(30)
+    assert done == [manifest]
+    assert (manifest.exit_status.code, manifest.exit_status.reason) == (143, "interrupted")
+
+
+class LateDaemon:
+    """A Docker client whose daemon makes the container and then answers too late."""
+
+    def __init__(self, late, *, owner=None):
+        self.api = self.images = self.containers = self
+        self.late, self.owner, self.timeout, self.timeouts = late, owner, 10, []
+        self.id, self.there, self.labels = "sha256:0", False, {}
+
+    def get(self, name):
+        if not self.there and name != "headroom:cpu":
+            raise NotFound(name)
+        return self
+
+    def create(self, **options):
+        self.timeouts.append(self.timeout)
+        self.there = True
+        self.labels = {**options["labels"], **(self.owner or {})}
+        if self.late == "create":
+            raise requests.ReadTimeout("read timed out")
+        return self
+
+    def get_archive(self, _):
+        raise NotFound("no locks")
+
+    def start(self):
+        self.timeouts.append(self.timeout)
+        raise requests.ReadTimeout("read timed out")
+
+    def remove(self, **_):
+        self.there = False
+
+
+def launch_late(folder, client):
+    job = load(write_job(folder))
+    runs = folder / "runs"
+    with (
+        archive.create(job, verb="train", where="docker", runs=runs, code=CODE) as run,
+        pytest.raises(launch.HostNotFit, match="read timed out"),
+    ):
+        launch.launch(run, job, client=client, out=io.BytesIO(), say=str)
+    return run.manifest()
+
+
+@pytest.mark.parametrize("late", ["create", "start"])
+def test_a_daemon_that_answers_too_late_leaves_no_container_and_a_finished_archive(tmp_path, late):
+    client = LateDaemon(late)
+    status = launch_late(tmp_path, client).exit_status
+    assert (status.code, status.reason) == (125, "refused")
+    assert not client.there
+    assert min(client.timeouts) >= 60
+    assert client.timeout == 10
+
+
+def test_a_container_of_that_name_from_another_folder_is_left_alone(tmp_path):
+    client = LateDaemon("create", owner={"headroom.run_dir": "/elsewhere/runs/x"})
+    launch_late(tmp_path, client)
+    assert client.there
+
+
+def test_a_process_that_cannot_be_started_finishes_the_archive(tmp_path):
+    job = load(write_job(tmp_path))
+    with archive.create(
+        job, verb="train", where="process", runs=tmp_path / "runs", code=CODE
+    ) as run:
+        # Longer than the kernel takes for one argument (MAX_ARG_STRLEN, 128 KiB).
+        program = trainer("#" + "x" * 200_000)
+        with pytest.raises(launch.HostNotFit, match="Argument list too long"):
+            launch.launch(run, job, client=None, out=io.BytesIO(), say=str, trainer=program)
+    status = run.manifest().exit_status
+    assert (status.code, status.reason) == (125, "refused")
+    assert "Argument list too long" in run.log_file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "grace_s"),
+    [({}, 7), ({"data": {"path": "/moved.jsonl"}}, 7), ({"container": None}, 30)],
+)
+def test_the_grace_of_a_cancel_is_the_jobs_even_where_the_job_loads_no_more(
+    tmp_path, change, grace_s
+):
+    run = archive.RunDir(tmp_path)
+    told = {"container": {"stop_grace_s": 7}, **change}
+    run.job_file.write_text(json.dumps(told))
+    assert state.grace_s(run) == grace_s
 
 
 def start_sleeper(folder):
