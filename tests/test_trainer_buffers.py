@@ -202,7 +202,8 @@ def test_matmuls_in_a_loop_take_their_flops_over_the_peak_and_the_gather_its_byt
     compiled = compile_ahead(function.lower(x, w), code=True, limit_s=200)
     found = step_time(compiled.hlo, target)
     at_peak = trips * 2 * rows * wide * wide / target.peak_flops
-    assert 0.7 < at_peak / found.compute_s < 1.0  # its estimate is 89 % of it
+    # The products are given 89 % of the peak; a copy of the carry and the scaling take the rest.
+    assert 0.6 < at_peak / found.compute_s < 0.89
     assert found.ici_bytes == trips * wide * wide * 2 * 3 // 4
     assert [loop.trips for loop in found.loops] == [trips]
     assert found.unknown_loops == ()
