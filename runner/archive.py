@@ -19,18 +19,16 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
 from jobs.records import (
     DIAGNOSIS_FILE,
     FAILURE_FILE,
-    HBM_FILE,
     JOB_FILE,
     LOG_FILE,
     MANIFEST_FILE,
-    PLAN_FILE,
     STEPS_FILE,
     ExitStatus,
     Manifest,
@@ -90,19 +88,9 @@ class RunDir:
         return self.path / STEPS_FILE
 
     @property
-    def hbm_file(self) -> Path:
-        """Samples of HBM."""
-        return self.path / HBM_FILE
-
-    @property
     def failure_file(self) -> Path:
         """Why the trainer stopped, in its own words."""
         return self.path / FAILURE_FILE
-
-    @property
-    def plan_file(self) -> Path:
-        """What was predicted."""
-        return self.path / PLAN_FILE
 
     @property
     def diagnosis_file(self) -> Path:
@@ -149,9 +137,15 @@ class RunDir:
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """One of the run's small records, None where it is not there or is not whole."""
         try:
-            return json.loads(path.read_bytes())
+            record = json.loads(path.read_bytes())
         except (OSError, ValueError):
             return None
+        return cast("dict[str, Any]", record) if isinstance(record, dict) else None
+
+    def logged_refusal(self) -> bool:
+        """Whether the log has a line in which the trainer refuses: `Error: ...`."""
+        with self.log_file.open("rb") as log:
+            return any(line.startswith(b"Error: ") for line in log)
 
     def ask_to_stop(self, signal_name: str) -> None:
         """Leave word that the job is to stop, so that whoever finishes the run knows why it did."""
@@ -197,7 +191,7 @@ def create(
 
     Args:
         job: what was asked.
-        verb: what the trainer shall do: train, evaluate, plan.
+        verb: what the trainer shall do: train or evaluate.
         where: process or docker.
         runs: the folder of all runs; made where it is missing.
         code: the repository's state.

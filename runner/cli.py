@@ -152,7 +152,9 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
 @_runs
 @_json
 def show(*, name: str, runs: Path, as_json: bool) -> None:
-    """Show a run: what ran, its steps, how it ended. RUN: a name or its beginning, or latest.
+    """Show a run: what ran, its steps, how it ended.
+
+    RUN: a name, its beginning, the path of a run directory, or latest.
 
     \b
     headroom show latest
@@ -203,6 +205,8 @@ def status(*, number: int, runs: Path, as_json: bool) -> None:
 def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
     """Print a run's log, byte for byte.
 
+    RUN: a name, its beginning, the path of a run directory, or latest.
+
     \b
     headroom logs latest -f -n 20
     """
@@ -225,6 +229,8 @@ def cancel(*, name: str, runs: Path, as_json: bool) -> None:
     """Stop a run and finish its archive.
 
     SIGTERM first, SIGKILL after container.stop_grace_s.
+
+    RUN: a name, its beginning, the path of a run directory, or latest.
 
     \b
     headroom cancel latest
@@ -262,8 +268,12 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
     from runner.diagnose import follow as find_causes
     from runner.show import blocks
 
-    if log != "-" and not Path(log).is_file():
-        found, manifest = _settled(runs, log)
+    # A file may be a pipe: `diagnose <(kubectl logs ...)`.
+    if log != "-" and (Path(log).is_dir() or not Path(log).exists()):
+        try:
+            found, manifest = _settled(runs, log)
+        except Refused as error:
+            raise Refused(f"{log!r} is neither a file nor a run: {error}") from error
         if not follow:
             _print_diagnosis(conclude.explain(found, manifest), as_json=as_json)
             return

@@ -18,12 +18,11 @@ def conclude(run: RunDir, status: ExitStatus) -> Manifest:
 
 
 def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
-    """The named cause of a run's log, told with the run's own plan and job."""
+    """The named cause of a run's log, told with the run's own job."""
     with run.log_file.open("rb") as log:
         return diagnose(
             log,
             exit_status=manifest.exit_status,
-            plan=run.read_json(run.plan_file),
             job=run.read_json(run.job_file),
         )
 

@@ -1,4 +1,4 @@
-"""A job in a Docker container: what it is given (pure), how it is started, followed and removed.
+"""A job in a Docker container: what it is given, how it is started, followed and removed.
 
 Nothing is built or pulled here. The daemon keeps the container's log and we copy it; `attach` is
 never used, as a slow reader would stall the job, and the log is never rotated, as a follower would
@@ -26,7 +26,7 @@ from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
 from jobs.contradictions import BIND
-from jobs.records import LOG_FILE, ExitStatus, Manifest
+from jobs.records import JOB_FILE, LOG_FILE, ExitStatus, Manifest
 from jobs.spec import Job
 from runner import ending
 from runner.archive import RunDir, now
@@ -116,7 +116,7 @@ def container_options(
     uid, gid = user
     options: dict[str, Any] = {
         "image": job.image,
-        "command": [manifest.verb, str(run_dir / "job.json")],
+        "command": [manifest.verb, str(run_dir / JOB_FILE)],
         "name": f"headroom-{run_dir.name}",
         "user": f"{uid}:{gid}",
         "mounts": _mounts(job, run_dir),
@@ -162,13 +162,39 @@ def _ulimits(job: Job) -> list[dict[str, Any]]:
 
 def _mounts(job: Job, run_dir: Path) -> list[dict[str, Any]]:
     """Bind mounts in the API's own form: unlike "a:b:ro" it takes any path, and makes none up."""
-    mounts = [_bind(str(run_dir)), _bind(job.cache_dir)]
-    mounts += [_bind(path, read_only=True) for path in job.local_paths]
+    needed = [_bind(str(run_dir)), _bind(job.cache_dir)]
+    needed += [_bind(path, read_only=True) for path in job.local_paths]
+    there = [Path(mount["Target"]) for mount in needed]
+    for path in job.local_paths:
+        for inside, real in sorted(linked_folders(Path(path)).items()):
+            if not any(inside.is_relative_to(folder) for folder in there):
+                needed.append(_bind(str(real), target=str(inside), read_only=True))
+    mounts: dict[str, dict[str, Any]] = {}
+    for mount in needed:
+        mounts.setdefault(mount["Target"], mount)
     for bind in job.container.binds:
         parts = BIND.fullmatch(bind)
         if parts is not None:  # the job's own check has refused any other form
-            mounts.append(_bind(parts[1], target=parts[2], read_only=parts[3] == "ro"))
-    return mounts
+            mounts[parts[2]] = _bind(parts[1], target=parts[2], read_only=parts[3] == "ro")
+    return list(mounts.values())
+
+
+def linked_folders(folder: Path) -> dict[Path, Path]:
+    """Where the links in a folder lead in a container that has only it: path inside -> path here.
+
+    A snapshot of Hugging Face's cache holds nothing else: its files are links to ../../blobs.
+    """
+    found: dict[Path, Path] = {}
+    for at, folders, files in os.walk(folder):
+        for link in (Path(at) / name for name in (*folders, *files)):
+            if not link.is_symlink() or not link.exists():
+                continue
+            inside = Path(os.path.normpath(link.parent / link.readlink()))
+            real = link.resolve()
+            if inside.name == real.name and real.is_file() and len(real.parents) > 1:
+                inside, real = inside.parent, real.parent
+            found[inside] = real
+    return found
 
 
 def _bind(source: str, *, target: str | None = None, read_only: bool = False) -> dict[str, Any]:
@@ -367,4 +393,5 @@ def state_status(run: RunDir, state: dict[str, Any] | None) -> ExitStatus:
         state["ExitCode"],
         oom_killed=state["OOMKilled"],
         stopped=run.stop_file.exists(),
+        refusal=state["ExitCode"] == ending.REFUSED and run.logged_refusal(),
     )

@@ -12,7 +12,7 @@ from jobs.records import Diagnosis, ExitStatus, gib
 from runner.cause import Cause
 from runner.causes import KEY_PHRASES, KEY_WORDS
 from runner.excerpt import Excerpt, one_search, physical_lines
-from runner.verdict import Verdict, decide, read
+from runner.verdict import Log, Verdict, decide, read
 
 _WORDS = one_search(KEY_WORDS)
 _PHRASES = one_search(KEY_PHRASES)
@@ -146,7 +146,7 @@ def _diagnosis(
     return Diagnosis(
         cause=cause.id,
         confidence=_confidence(verdict),
-        explanation=cause.explanation,
+        explanation=_explanation(cause, log),
         root_line=verdict.line.shown if verdict.line else None,
         line=verdict.line.number if verdict.line else None,
         evidence=list(verdict.evidence),
@@ -159,6 +159,12 @@ def _diagnosis(
         ],
         retry=cause.retry,
     )
+
+
+def _explanation(cause: Cause, log: Log) -> str:
+    if cause.id == "success" and not log.found and not log.raised:
+        return "The program ended well."
+    return cause.explanation
 
 
 def _confidence(verdict: Verdict) -> Any:

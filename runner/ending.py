@@ -4,7 +4,7 @@ import signal as signals
 
 from jobs.records import Diagnosis, ExitStatus, Manifest
 
-DONE, REFUSED, NOT_FITTING, KNOWN_CAUSE, UNKNOWN_CAUSE = 0, 1, 3, 4, 5
+DONE, REFUSED, KNOWN_CAUSE, UNKNOWN_CAUSE = 0, 1, 4, 5
 INTERRUPTED, TERMINATED = 128 + signals.SIGINT, 128 + signals.SIGTERM
 
 # Stands in the manifest where no code is known, beside the reason "lost".
@@ -31,32 +31,34 @@ def before_start(number: int) -> ExitStatus:
     return ExitStatus(code=128 + number, signal=signal_name(number), reason="interrupted")
 
 
-def of_process(returncode: int, *, stopped: bool) -> ExitStatus:
+def of_process(returncode: int, *, stopped: bool, refusal: bool) -> ExitStatus:
     """How a process ended.
 
     Args:
         returncode: as Python tells it, -N for signal N.
         stopped: somebody asked it to stop.
+        refusal: its log has the trainer's own words for one.
     """
     if returncode < 0:
-        return _status(128 - returncode, signal_name(-returncode), stopped=stopped)
-    return _status(returncode, None, stopped=stopped)
+        return _status(128 - returncode, signal_name(-returncode), stopped=stopped, refusal=False)
+    return _status(returncode, None, stopped=stopped, refusal=refusal)
 
 
-def of_container(code: int, *, oom_killed: bool, stopped: bool) -> ExitStatus:
+def of_container(code: int, *, oom_killed: bool, stopped: bool, refusal: bool) -> ExitStatus:
     """How a container ended; its engine tells 128 + N for signal N, and whether memory was why."""
     name = signal_name(code - 128) if 128 < code <= 128 + 64 else None
     if oom_killed and code != 0:
         return ExitStatus(code=code, signal=name, oom_killed=True, reason="oom_killed")
-    return _status(code, name, stopped=stopped)
+    return _status(code, name, stopped=stopped, refusal=refusal)
 
 
-def _status(code: int, signal: str | None, *, stopped: bool) -> ExitStatus:
+def _status(code: int, signal: str | None, *, stopped: bool, refusal: bool) -> ExitStatus:
     if code == DONE:
         return ExitStatus(code=code, reason="done")
     if stopped or code in (INTERRUPTED, TERMINATED):
         return ExitStatus(code=code, signal=signal, reason="interrupted")
-    if code == REFUSED:
+    # Python ends with 1 as well, where the trainer could not even be imported.
+    if code == REFUSED and refusal:
         return ExitStatus(code=code, reason="refused")
     return ExitStatus(code=code, signal=signal, reason="failed")
 
@@ -64,8 +66,7 @@ def _status(code: int, signal: str | None, *, stopped: bool) -> ExitStatus:
 def runner_code(manifest: Manifest, *, stop_signal: str | None, diagnosis: Diagnosis | None) -> int:
     """Our own exit code for a run that has ended.
 
-    0 done, 1 refused, 3 planned not to fit, 4 failed with a known cause, 5 with an unknown one,
-    130 and 143 interrupted.
+    0 done, 1 refused, 4 failed with a known cause, 5 with an unknown one, 130 and 143 interrupted.
 
     Args:
         manifest: of the run, finished.
@@ -83,7 +84,5 @@ def runner_code(manifest: Manifest, *, stop_signal: str | None, diagnosis: Diagn
             return INTERRUPTED if by_hand else TERMINATED
         case _:
             pass
-    if manifest.verb == "plan" and status.code == NOT_FITTING:
-        return NOT_FITTING
     known = diagnosis is not None and diagnosis.cause not in ("unknown", "success")
     return KNOWN_CAUSE if known else UNKNOWN_CAUSE

@@ -1,19 +1,31 @@
 """What a person, or a program, is shown of a run: read from its records alone."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.records import LOG_FILE, Diagnosis, EvalRecord, ExitStatus, Manifest, StepRecord
+from jobs.records import (
+    LOG_FILE,
+    Diagnosis,
+    EvalRecord,
+    ExitStatus,
+    Failure,
+    Manifest,
+    Record,
+    StepRecord,
+)
 from runner.archive import RunDir
 from runner.diagnose import format_diagnosis
+from runner.watch import write_out
 
 _POLL_S = 0.5
 _BLOCK_BYTES = 1 << 16
@@ -30,9 +42,22 @@ def records(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict):
+            found.append(cast("dict[str, Any]", record))
+    return found
+
+
+def _valid[R: Record](kind: type[R], lines: list[dict[str, Any]], console: Console) -> list[R]:
+    """The lines as records; what another version wrote otherwise is counted and left out."""
+    found: list[R] = []
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            found.append(kind.model_validate(line))
+    if other := len(lines) - len(found):
+        console.print(Text(f"{other} not shown: no {kind.__name__} of this version (see --json)"))
     return found
 
 
@@ -68,21 +93,19 @@ def print_run(data: dict[str, Any], console: Console) -> None:
     """One run for a person: what ran, its steps, why it failed, and what it said last."""
     manifest = Manifest.model_validate(data["manifest"])
     _print_facts(manifest, data, console)
-    steps = [StepRecord.model_validate(line) for line in data["steps"]]
-    if steps:
+    if steps := _valid(StepRecord, data["steps"], console):
         console.print(_steps_table(steps))
-    for line in data["evaluations"]:
-        e = EvalRecord.model_validate(line)
+    for e in _valid(EvalRecord, data["evaluations"], console):
         console.print(
             Text(
                 f"evaluation after step {e.eval_step}: pass@1 {e.pass_at_1:.3f}, "
                 f"pass@{e.group_size} {e.pass_at_k:.3f} of {e.prompts} prompts"
             )
         )
-    if failure := data["failure"]:
-        console.print(Text(f"failure: {failure['kind']}: {failure['message']}"))
-    if diagnosis := data["diagnosis"]:
-        console.print(Text(format_diagnosis(Diagnosis.model_validate(diagnosis))))
+    for f in _valid(Failure, [data["failure"]] if data["failure"] else [], console):
+        console.print(Text(f"failure: {f.kind}: {f.message}"))
+    for d in _valid(Diagnosis, [data["diagnosis"]] if data["diagnosis"] else [], console):
+        console.print(Text(format_diagnosis(d)))
     console.print(Text("last lines of the log (all of it: headroom logs):", style="dim"))
     last = tail(Path(data["path"]) / LOG_FILE, _TAIL_LINES).decode(errors="replace")
     console.print(Text.from_ansi(last))
@@ -96,7 +119,7 @@ def _print_facts(manifest: Manifest, data: dict[str, Any], console: Console) -> 
         "job": f"{manifest.job} ({manifest.verb})",
         "commit": commit + (" with changes" if manifest.dirty else ""),
         "where": manifest.where + (f" {manifest.image}" if manifest.image else ""),
-        "host": f"{manifest.host['name']}, {manifest.host['cpus']} CPUs",
+        "host": f"{manifest.host.get('name', '?')}, {manifest.host.get('cpus', '?')} CPUs",
         "started": _when(manifest.started),
         "finished": _when(manifest.finished),
     }
@@ -161,7 +184,8 @@ def tail(path: Path, lines: int) -> bytes:
 def blocks(path: Path, *, ended: Callable[[], bool] | None, skip: int = 0) -> Iterator[bytes]:
     """A file's bytes from `skip` on, and what comes until `ended` says so; None: what is there."""
     with path.open("rb", buffering=0) as file:
-        file.seek(skip)
+        if skip:  # a pipe cannot be sought
+            file.seek(skip)
         over = ended is None
         while True:
             while data := file.read(_BLOCK_BYTES):
@@ -179,7 +203,6 @@ def print_log(
     """Write a log, or its last lines, and go on with what comes until `ended` says so."""
     size = path.stat().st_size
     if lines is not None:
-        out.write(tail(path, lines))
+        write_out(out, tail(path, lines))
     for data in blocks(path, ended=ended, skip=0 if lines is None else size):
-        out.write(data)
-        out.flush()
+        write_out(out, data)

@@ -143,5 +143,6 @@ def grace_s(run: RunDir) -> float:
     # Not `load`: data that has moved since, or a job.json of another version, must not change it.
     part = (run.read_json(run.job_file) or {}).get("container")
     asked = cast("dict[str, Any]", part).get("stop_grace_s") if isinstance(part, dict) else None
-    told = isinstance(asked, int | float) and not isinstance(asked, bool)
-    return asked if told else _DEFAULT_GRACE_S
+    if isinstance(asked, int | float) and not isinstance(asked, bool):
+        return asked
+    return _DEFAULT_GRACE_S

@@ -145,13 +145,18 @@ class Follower:
 
     def _show(self, data: bytes) -> bool:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[self._out.write(view) or 0 :]
-            self._out.flush()
+            write_out(self._out, data)
         except OSError:  # nobody reads any more: the job and its log go on
             return False
         return True
+
+
+def write_out(out: BinaryIO, data: bytes) -> None:
+    """Write all of it: a stream without a buffer may take less at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) or 0 :]
+    out.flush()
 
 
 def describe(number: int, grace_s: float) -> str:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def until(condition, *, seconds=30):
     ("code", "number", "ours"),
     [
         ("pass", 0, 0),
-        ("raise SystemExit(1)", 1, 1),
+        ("print('Error: engine: not in this version')\nraise SystemExit(1)", 1, 1),
+        ("import no_such_module_of_a_test", 1, 4),
         ("raise SystemExit(3)", 3, 5),
         (f"print({OOM!r})\nraise SystemExit(70)", 70, 4),
     ],
@@ -321,7 +323,10 @@ STEP = {
     "kl": None, "tokens_per_s": 12.5, "seconds": {"rollout": 2.0}, "dt_s": 3.5,
     "host_rss_bytes": 1, "hbm_peak_bytes": None,
 }  # fmt: skip
-FAILURE = {"kind": "ValueError", "message": "loss is nan", "phase": "update", "step": 1}
+FAILURE = {
+    "kind": "ValueError", "message": "loss is nan", "phase": "update", "step": 1,
+    "traceback": "Traceback ...",
+}  # fmt: skip
 WRITES = (
     "import pathlib, json\n"
     f"line = json.dumps({STEP!r})\n"
@@ -345,6 +350,61 @@ def test_show_tells_what_ran_its_whole_steps_and_why_it_failed(tmp_path):
     assert data["failure"] == FAILURE
     assert data["job"]["name"] == "stand-in"
     assert Manifest.model_validate(data["manifest"]).exit_status.code == 70
+
+
+def test_the_trainers_refusal_is_the_last_that_it_is_heard_to_say(tmp_path):
+    refuses = "print('loading')\nprint('Error: a')\nprint('Error: b')\nraise SystemExit(1)"
+    done = call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=refuses)
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[-4:-1] == ["Error: a", "Error: b", "exit_status=1"]
+    assert not list(tmp_path.glob("runs/*/diagnosis.json"))
+
+
+def test_show_counts_what_another_version_wrote_and_shows_the_rest(tmp_path):
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=WRITES)
+    (steps,) = tmp_path.glob("runs/*/steps.jsonl")
+    lines = [STEP, {"step": 1, "other": 2}, {"eval_step": 1}, [1], 7, None]
+    steps.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps.with_name("failure.json").write_text('{"why": "x"}')
+    steps.with_name("diagnosis.json").write_text("[]")
+    done = call(tmp_path, "show", "latest")
+    assert done.exit_code == 0, done.output
+    assert "0.2500" in done.stdout
+    for kind in ("StepRecord", "EvalRecord", "Failure"):
+        assert f"1 not shown: no {kind} of this version" in done.stdout
+    assert json.loads(call(tmp_path, "show", "latest", "--json").stdout)["steps"] == lines[:2]
+
+
+def test_a_log_is_diagnosed_from_a_pipe_and_a_name_of_nothing_is_one_plain_error(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(f"{OOM}\n",))
+    writer.start()
+    done = call(tmp_path, "diagnose", pipe)
+    writer.join()
+    assert "short by 2.14 GiB" in done.stdout
+    for nothing in ("nope", tmp_path):
+        refused = call(tmp_path, "diagnose", nothing)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"Error: {str(nothing)!r} is neither a file nor a run: ")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print('fine')", "success: The program ended well."),
+        (f"print({OOM!r})", "success: The program ended well; the errors in its log were handled."),
+    ],
+)
+def test_a_clean_run_is_not_said_to_have_handled_errors(tmp_path, code, said):
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=code)
+    assert call(tmp_path, "diagnose", "latest").stdout.splitlines()[0] == said
+
+
+@pytest.mark.parametrize("name", ["show", "logs", "cancel"])
+def test_help_tells_what_a_run_may_be_called(name):
+    shown = " ".join(CliRunner().invoke(main, [name, "--help"]).stdout.split())
+    assert "RUN: a name, its beginning, the path of a run directory, or latest." in shown
 
 
 def test_a_failed_run_is_diagnosed_at_once_and_again_by_name_file_and_stdin(tmp_path):

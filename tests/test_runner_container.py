@@ -119,6 +119,47 @@ def test_data_model_and_binds_are_mounted_and_the_inputs_cannot_be_written(tmp_p
     ]
 
 
+def mounts(job):
+    manifest = Manifest.model_construct(verb="train", commit=None)
+    given = container_options(job, RUN, manifest=manifest, user=(0, 0), environment={})
+    return [(m["Source"], m["Target"], m["ReadOnly"]) for m in given["mounts"][2:]]
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_hugging_face_snapshot_is_given_with_the_blobs_its_links_lead_to(
+    tmp_path, through_a_link
+):
+    repo = tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = repo / "snapshots" / "0123", repo / "blobs"
+    (snapshot / "onnx").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "onnx" / "model").symlink_to("../../../blobs/abc")
+    (snapshot / "within").symlink_to("config.json")
+    (snapshot / "dangling").symlink_to("../nowhere")
+    model, inside = snapshot, blobs
+    if through_a_link:
+        # Docker puts the folder itself there: ../../blobs is then beside x/y.
+        model, inside = tmp_path / "x" / "y" / "model", tmp_path / "x" / "blobs"
+        model.parent.mkdir(parents=True)
+        model.symlink_to(snapshot)
+    job = load(write_job(tmp_path), overrides=[f"model={model}"])
+    assert mounts(job) == [(str(model), str(model), True), (str(blobs), str(inside), True)]
+
+
+def test_what_lies_in_a_mounted_folder_already_is_not_mounted_again(tmp_path):
+    cache = tmp_path / "cache"
+    snapshot, blobs = cache / "huggingface/hub/m/snapshots/0", cache / "huggingface/hub/m/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    more = f"container:\n  binds: ['/elsewhere:{snapshot}:rw']\n"
+    job = load(write_job(tmp_path, more), overrides=[f"model={snapshot}"])
+    assert mounts(job) == [("/elsewhere", str(snapshot), False)]
+
+
 @pytest.mark.parametrize("size", [0, 11, len(WHOLE)])
 def test_the_end_of_a_log_is_completed_where_it_was_cut(tmp_path, size):
     log = tmp_path / "run.log"
@@ -159,6 +200,7 @@ def test_a_log_whose_stream_ends_before_the_container_is_taken_up_again(tmp_path
     [
         (0, False, None, "done"),
         (1, False, None, "refused"),
+        (1, False, None, "failed"),
         (3, False, None, "failed"),
         (134, False, "SIGABRT", "failed"),
         (137, False, "SIGKILL", "failed"),
@@ -170,6 +212,7 @@ def test_a_log_whose_stream_ends_before_the_container_is_taken_up_again(tmp_path
     ],
 )
 def test_a_containers_state_tells_how_it_ended(tmp_path, code, oom_killed, signal, reason):
+    (tmp_path / "run.log").write_text("up\nError: no TPU\n" if reason == "refused" else "up\n")
     state = {"Status": "exited", "ExitCode": code, "OOMKilled": oom_killed}
     status = state_status(RunDir(tmp_path), state)
     assert (status.code, status.signal, status.reason) == (code, signal, reason)

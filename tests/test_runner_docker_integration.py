@@ -96,7 +96,7 @@ def run_job(tmp_path, docker_client, job_file):
     ("script", "number", "name", "reason"),
     [
         ("exit 0", 0, None, "done"),
-        ("exit 1", 1, None, "refused"),
+        ("exit 1", 1, None, "failed"),
         ("exit 3", 3, None, "failed"),
         ("kill -ABRT $$", 134, "SIGABRT", "failed"),
         ("kill -KILL $$", 137, "SIGKILL", "failed"),

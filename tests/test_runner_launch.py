@@ -20,6 +20,7 @@ from runner import status as state
 from runner.container import NoDaemonError
 from runner.process import ProcessTask
 from runner.provenance import Checkout
+from runner.show import print_log
 from runner.supervise import start_ticks
 from runner.watch import Interrupts
 
@@ -43,7 +44,9 @@ def run_code(folder, code, *, more="", out=None, verb="train", says=None):
     ("code", "number", "name", "reason"),
     [
         ("pass", 0, None, "done"),
-        ("import sys; sys.exit(1)", 1, None, "refused"),
+        ("print('Error: x'); raise SystemExit(1)", 1, None, "refused"),
+        ("import no_such_module_of_a_test", 1, None, "failed"),
+        ("print('no Error: x'); raise SystemExit(1)", 1, None, "failed"),
         ("import sys; sys.exit(3)", 3, None, "failed"),
         ("import sys; sys.exit(134)", 134, None, "failed"),
         ("import sys; sys.exit(137)", 137, None, "failed"),
@@ -125,6 +128,24 @@ def test_a_reader_that_does_not_read_holds_up_neither_job_nor_archive(tmp_path):
     reader.join()
     assert out.got == run.log_file.read_bytes()
     assert len(out.got) > 3_000_000
+
+
+class Sips(io.RawIOBase):
+    def __init__(self):
+        self.got = b""
+
+    def write(self, data):
+        self.got += bytes(data[:7])
+        return min(7, len(data))
+
+
+@pytest.mark.parametrize(("lines", "first"), [(None, 0), (2, 98)])
+def test_a_log_is_printed_whole_to_a_stream_that_takes_a_little_at_a_time(tmp_path, lines, first):
+    log = tmp_path / "run.log"
+    log.write_text("".join(f"line {i}\n" for i in range(100)))
+    out = Sips()
+    print_log(log, out, lines=lines, ended=None)
+    assert out.got.decode() == "".join(f"line {i}\n" for i in range(first, 100))
 
 
 class Broken(io.RawIOBase):
