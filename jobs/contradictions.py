@@ -23,7 +23,7 @@ def contradictions(job: Job) -> list[Problem]:
     except KeyError as error:
         unknown = f"is no accelerator we know; {error.args[0]}"
         return [*found, Problem("accelerator", job.accelerator, unknown)]
-    return [*found, *_batch_contradictions(job, target)]
+    return [*found, *_batch_contradictions(job, target), *_length_contradictions(job)]
 
 
 def _data_contradictions(job: Job) -> list[Problem]:
@@ -40,6 +40,10 @@ def _data_contradictions(job: Job) -> list[Problem]:
     for key, path in (("data.path", job.data.path), ("evaluation.path", job.evaluation.path)):
         if path is not None and not Path(path).is_file():
             found.append(Problem(key, path, "is not a file that can be read from here"))
+    d = job.data
+    if d.path is not None and d.rows != type(d).model_fields["rows"].default:
+        text = "counts the rows that are made, and data.path reads a file: leave one out"
+        found.append(Problem("data.rows", d.rows, text, others=("data.path",)))
     wanted = job.eval_every_steps > 0
     if wanted and job.data.path is not None and job.evaluation.path is None:
         found.append(
@@ -114,24 +118,25 @@ def _design_contradictions(job: Job, target: Accelerator) -> list[Problem]:
                 others=("mesh.dp", "mesh.tp"),
             )
         )
-    if u.design == "reference":
-        found += [
-            Problem(f"update.{key}", value, "is an option of update.design layer_major")
-            for key, value, default in (
-                ("moments", u.moments, "bfloat16"),
-                ("layers", u.layers, "stacked"),
-                ("completions_per_row", u.completions_per_row, "one"),
-                ("host_offload", ", ".join(u.host_offload), ""),
-                ("attention", u.attention, "auto"),
-            )
-            if value != default
-        ]
+    of_other_design = (
+        ("moments", "layers", "completions_per_row", "host_offload", "attention")
+        if u.design == "reference"
+        else ("remat",)
+    )
+    other = "layer_major" if u.design == "reference" else "reference"
+    for key in of_other_design:
+        value = getattr(u, key)
+        if value != type(u).model_fields[key].default:
+            text = f"is an option of update.design {other}"
+            found.append(Problem(f"update.{key}", value, text, others=("update.design",)))
     if target.platform != "tpu":
         text = f"needs a TPU, and accelerator = {target.name}"
+        others = ("accelerator",)
         if u.host_offload:
-            found.append(Problem("update.host_offload", ", ".join(u.host_offload), text))
+            offload = ", ".join(u.host_offload)
+            found.append(Problem("update.host_offload", offload, text, others=others))
         if u.attention == "splash":
-            found.append(Problem("update.attention", u.attention, text))
+            found.append(Problem("update.attention", u.attention, text, others=others))
     return found
 
 
@@ -174,3 +179,12 @@ def _bind_contradictions(job: Job) -> list[Problem]:
         for bind in job.container.binds
         if not BIND.fullmatch(bind)
     ]
+
+
+def _length_contradictions(job: Job) -> list[Problem]:
+    """Sequences are numbered in 31 bits: their numbers choose the noise of sampling."""
+    sequences = job.steps * job.sequences_per_step
+    if sequences < 2**31:
+        return []
+    text = f"makes {sequences} sequences; at most 2147483647 can be numbered: take fewer steps"
+    return [Problem("steps", job.steps, text, others=("rollout.prompts_per_step",))]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -41,21 +41,24 @@ def parse[M: BaseModel](model: type[M], source: Source) -> Parsed[M]:
     except ValidationError as error:
         details = error.errors(include_url=False)
     problems = [_problem(model, detail) for detail in details]
-    tree = _without(source.tree, [p.key for p in problems])
+    tree = _without(source.tree, [detail["loc"] for detail in details])
     for key, stand_in in _STAND_INS.items():
         if key in model.model_fields:
             tree.setdefault(key, stand_in)
     return Parsed(job=model.model_validate(tree), problems=problems)
 
 
-def _without(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """A copy of the tree that lacks those dotted keys."""
-    heads = {key for key in keys if "." not in key}
-    rest: dict[str, Any] = {k: v for k, v in tree.items() if k not in heads}
+def _without(tree: dict[str, Any], paths: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy of the tree that lacks what lies at those paths."""
+    whole = {path[0] for path in paths if len(path) == 1 or not isinstance(path[1], str)}
+    rest: dict[str, Any] = {k: v for k, v in tree.items() if k not in whole}
     for key, value in rest.items():
-        if isinstance(value, dict):
-            inner = [k.partition(".")[2] for k in keys if k.startswith(f"{key}.")]
-            rest[key] = _without(value, inner)  # pyright: ignore[reportUnknownArgumentType]
+        inner = [path[1:] for path in paths if path[0] == key]
+        # A path below something that is no group ends there.
+        if inner and not isinstance(value, dict):
+            return _without(tree, [*paths, (key,)])
+        if inner:
+            rest[key] = _without(cast("dict[str, Any]", value), inner)
     return rest
 
 
@@ -84,12 +87,12 @@ _LIMITS = {
     "string_too_short": "is empty",
     "string_pattern_mismatch": "may hold 1 to 64 letters, digits, '.', '_' and '-', and begins "
     "with a letter or digit",
-    "model_type": "is not a group of keys",
-    "model_attributes_type": "is not a group of keys",
 }
 
 
 def _limit(detail: ErrorDetails, default: str) -> str:
+    if detail["type"].startswith("model_"):
+        return "is not a group of keys; leave it out, or write keys below it"
     text = _LIMITS.get(detail["type"])
     if text is None:
         return f"is refused: {detail['msg'].removeprefix('Value error, ')}{default}"

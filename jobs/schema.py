@@ -12,8 +12,6 @@ def schema_text() -> str:
     """The schema as committed, generated from the Job model and its docstrings."""
     schema = Job.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    # The absolute paths of the machine that generates it are nobody else's defaults.
-    schema["properties"]["cache_dir"]["default"] = "~/.cache/headroom"
     return json.dumps(schema, indent=2) + "\n"
 
 

@@ -66,8 +66,15 @@ class Source:
     problems: list[Problem] = field(default_factory=list[Problem])
 
     def origin(self, *keys: str) -> str:
-        """Where the first of those keys that somebody wrote was written."""
-        return next((self.origins[k] for k in keys if k in self.origins), self.default_origin)
+        """Where the first of those keys was written, or a group above or a key below it."""
+
+        def touches(written: str, key: str) -> bool:
+            return f"{written}.".startswith(f"{key}.") or f"{key}.".startswith(f"{written}.")
+
+        found = (
+            at for key in keys for written, at in self.origins.items() if touches(written, key)
+        )
+        return next(found, self.default_origin)
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,12 +88,21 @@ _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
 )
 
 
+# A date is text here: no key of a job is one, and 2020-13-45 would be an error without a line.
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+
+
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownMemberType]
+        key: Any = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownMemberType]
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.YAMLError(f"key {key!r} is not text (line {line}): put it in quotes")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise yaml.YAMLError(f"key {key!r} stands twice (line {line}): leave one out")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
@@ -109,6 +125,8 @@ def read_sources(
         _read_environment(environment, source)
     for override in overrides:
         _read_override(override, source)
+    if environment is not None:
+        _count_micro_batches(environment, source)
     return source
 
 
@@ -126,11 +144,11 @@ def parse_file(path: Path) -> dict[str, Any] | Problem:
         return refuse("there is no such file; the jobs that come along are in jobs/")
     except (OSError, UnicodeDecodeError) as error:
         return refuse(f"cannot be read: {error}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         return refuse(f"is not YAML: {' '.join(str(error).split())}")
     if not isinstance(tree, dict):
         return refuse(f"holds {type(tree).__name__}, not keys and values: begin with 'name: ...'")
-    return {str(k): v for k, v in tree.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return cast("dict[str, Any]", tree)
 
 
 def _read_environment(environment: Mapping[str, str], source: Source) -> None:
@@ -141,24 +159,27 @@ def _read_environment(environment: Mapping[str, str], source: Source) -> None:
     for name, keys in values.items():
         for key, value in keys.items():
             _put(source, key, value, origin=f"environment {name}={environment[name]}")
+
+
+def _count_micro_batches(environment: Mapping[str, str], source: Source) -> None:
+    """GRAD_ACCUM_STEPS, once all else is known: it counts micro-batches, we their sequences."""
     steps = sop.grad_accum_steps(environment)
-    if isinstance(steps, int):
-        _put_micro_batch_size(source, steps)
-
-
-def _put_micro_batch_size(source: Source, steps: int) -> None:
-    """The SOP counts micro-batches, we count the sequences in one."""
-    origin = f"environment GRAD_ACCUM_STEPS={steps}"
-    rollout: Any = source.tree.get("rollout", {})
-    prompts, group = (rollout.get(k) for k in ("prompts_per_step", "group_size"))
-    if not (isinstance(prompts, int) and isinstance(group, int) and steps > 0):
+    if steps is None:
+        return
+    origin, key = f"environment GRAD_ACCUM_STEPS={steps}", "train.micro_batch_size"
+    rollout: Any = source.tree.get("rollout")
+    parts = cast("dict[str, Any]", rollout) if isinstance(rollout, dict) else {}
+    prompts, group = parts.get("prompts_per_step"), parts.get("group_size")
+    if key in source.origins:
+        text = f"and {source.origins[key]} say the same thing twice: leave one out"
+    elif not (isinstance(prompts, int) and isinstance(group, int)):
         text = (
             "needs rollout.prompts_per_step and rollout.group_size (BATCH_SIZE, NUM_PRE_Q) set too"
         )
     elif (prompts * group) % steps:
         text = f"does not divide the {prompts * group} sequences of a step (BATCH_SIZE x NUM_PRE_Q)"
     else:
-        _put(source, "train.micro_batch_size", prompts * group // steps, origin=origin)
+        _put(source, key, prompts * group // steps, origin=origin)
         return
     source.problems.append(Problem("", NO_VALUE, text, origin=origin))
 
@@ -172,8 +193,12 @@ def _read_override(override: str, source: Source) -> None:
         return
     try:
         value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
+    if isinstance(value, dict):
+        problem = f"sets a group of keys: set them one by one, as in {key}.name=value"
+        source.problems.append(Problem("", NO_VALUE, problem, origin=origin))
+        return
     _put(source, key, value, origin=origin)
 
 

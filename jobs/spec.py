@@ -25,7 +25,12 @@ Sizes = Annotated[tuple[Count, ...], Field(strict=False)]
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise ValueError(
+            f"names the home of a user that this machine does not have: {path}"
+        ) from error
 
 
 def _absolute_if_local(model: str) -> str:
@@ -42,7 +47,11 @@ class Part(BaseModel):
     """A part of the job: frozen, strict about types, unknown keys refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -77,13 +86,13 @@ class Rollout(Part):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample among the likeliest tokens that reach this probability together."""
     chunk_size: Count | None = None
-    """Requests in one generate call (SGLANG_JAX_ROLLOUT_CHUNK_SIZE); all when unset."""
+    """sglang_jax: requests in one generate call (SGLANG_JAX_ROLLOUT_CHUNK_SIZE); unset: all."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of the naive sampler."""
 
 
 class Engine(Part):
-    """Settings of sglang-jax, under its own names; unset ones keep its own defaults."""
+    """Settings of sglang-jax under its own names, read with rollout.engine sglang_jax only."""
 
     mem_fraction_static: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of the HBM that was free when the engine started that it may keep: weights and KV."""
@@ -149,10 +158,10 @@ class Train(Part):
     """The SOP used Lion."""
     learning_rate: Annotated[float, Field(ge=0.0)] = 1e-6
     """Peak, after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates of linear warm-up from 0."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: to 0 at the last update of the job."""
+    """cosine: falls to 0 as the job ends."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled, times the learning rate."""
     b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -160,11 +169,11 @@ class Train(Part):
     b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     """Lion: decay of the momentum; AdamW: decay of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradients are scaled down to this global norm; null: never."""
+    """Gradients are scaled down to this norm, of what update.clip says; null: never."""
 
 
 class Update(Part):
-    """How the update lies in memory; only clip and moments touch what is learned."""
+    """How the update is computed and lies in memory; but for clip, it differs by rounding."""
 
     design: Literal["layer_major", "reference"] = "layer_major"
     """layer_major: half the memory; reference: plain autodiff, the numerical reference."""
@@ -234,7 +243,7 @@ class Container(Part):
     """headroom:cpu or headroom:tpu, by the accelerator, when unset."""
     devices: Names | None = None
     """Host device files to hand in; the accelerator's own when unset."""
-    memlock: int | None = None
+    memlock: Annotated[int, Field(ge=-1)] | None = None
     """ulimit, bytes; -1 is unlimited (TPU runtimes want it); unset: Docker's default."""
     nofile: Count | None = None
     """ulimit, open files; unset: Docker's default."""
@@ -331,6 +340,11 @@ class Job(Part):
         return self.train.updates_per_rollout > 1 or self.train.rollout_correction is not None
 
     @property
+    def loss_temperature(self) -> float:
+        """What logits are divided by before logprobs are taken; greedy rollouts learn at 1."""
+        return self.rollout.temperature or 1.0
+
+    @property
     def total_updates(self) -> int:
         """Optimizer applications of the whole job."""
         return self.steps * self.train.updates_per_rollout
@@ -344,7 +358,8 @@ class Job(Part):
     def local_paths(self) -> list[str]:
         """Files and folders of this machine that the job reads: a container is given each."""
         model = self.model if self.model.startswith("/") else None
-        return [p for p in (self.data.path, self.evaluation.path, model) if p is not None]
+        paths = (self.data.path, self.evaluation.path, model)
+        return list(dict.fromkeys(path for path in paths if path is not None))
 
     def to_json(self) -> str:
         """The whole job with every default spelled out, as written to job.json."""

@@ -60,6 +60,24 @@ def test_grad_accum_steps_counts_micro_batches(tmp_path):
     assert job.grad_accum_steps == 2
 
 
+def test_grad_accum_steps_counts_after_the_overrides(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(MINIMAL + "rollout: {prompts_per_step: 4, group_size: 4}")
+    job = spec.load(path, overrides=["rollout.group_size=8"], environment={"GRAD_ACCUM_STEPS": "4"})
+    assert (job.sequences_per_step, job.grad_accum_steps) == (32, 4)
+
+
+def test_two_ways_to_say_the_micro_batch_are_refused(tmp_path):
+    both = {
+        "BATCH_SIZE": "4",
+        "NUM_PRE_Q": "4",
+        "GRAD_ACCUM_STEPS": "4",
+        "TRAIN_MICRO_BATCH_SIZE": "4",
+    }
+    [line] = refusals(tmp_path, both)
+    assert "environment TRAIN_MICRO_BATCH_SIZE=4 say the same thing twice" in line
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [

@@ -42,6 +42,15 @@ def problems(folder: Path, text: str, **kwargs) -> list[str]:
         ("rollout: {top_p: 0}", "rollout.top_p = 0 must be above 0 (default: 1.0)"),
         ("rollout: {engine: sglang}", "did you mean 'sglang_jax'?"),
         ("rollout: 3", "rollout = 3 is not a group of keys"),
+        ("rollout:", "rollout = None is not a group of keys; leave it out"),
+        ('"train.micro_batch_size": 2', "unknown key 'train.micro_batch_size'"),
+        ("name2: 2020-13-45", "unknown key 'name2'; did you mean 'name'?"),
+        ("data: {path: ~nosuchuser/x}", "the home of a user that this machine does not have"),
+        ("reward: {correct: .inf}", "reward.correct = inf is refused: Input should be a finite"),
+        ("train: {1: 2}", "key 1 is not text (line 4): put it in quotes"),
+        ("? [a]\n: 1", "is not text (line 4): put it in quotes"),
+        ("a: " + "[" * 3000, "is not YAML"),
+        ("update: {remat: false}", "is an option of update.design reference"),
         ("seed: 1\nseed: 2", "key 'seed' stands twice (line 5)"),
         ("mesh: {dp: 3}", "does not make the 1 devices of cpu"),
         ("data: {path: no/such/file}", "is not a file that can be read from here"),
@@ -173,6 +182,30 @@ def test_a_file_that_is_no_job_is_one_line(tmp_path, text, says):
     assert "\n" not in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("name=2020-13-45", None),
+        ("train={micro_batch_size: 5}", "set them one by one, as in train.name=value"),
+        ("steps.x=3", "steps is a value, not a group of keys"),
+    ],
+)
+def test_an_override_is_taken_as_text_or_refused_in_a_line(tmp_path, override, says):
+    text = f"{MINIMAL}steps: 1\n"
+    if says is None:
+        assert spec.load(write(tmp_path, text), overrides=[override]).name == "2020-13-45"
+    else:
+        [line] = problems(tmp_path, text, overrides=[override])
+        assert line.startswith(f"--set {override}: ")
+        assert says in line
+
+
+def test_no_machine_is_blamed_that_nobody_asked_for(tmp_path):
+    lines = problems(tmp_path, "name: x\nmodel: tiny\nupdate: {host_offload: [lo]}")
+    assert len(lines) == 1
+    assert "the job has no 'accelerator'" in lines[0]
+
+
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(spec.JobError, match="no such file"):
         spec.load(tmp_path / "none.yaml")
@@ -227,19 +260,30 @@ trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*spec.Job.model_fields, "dp", "x"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from([*spec.Job.model_fields, "dp", "x", "train.beta", "~a/b"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
 
 
-@given(tree=trees, override=st.text(max_size=30))
-def test_no_tree_whatever_ends_in_a_traceback(tmp_path_factory, tree, override):
+@given(
+    tree=trees,
+    override=st.text(max_size=30),
+    environment=st.dictionaries(
+        st.sampled_from(["GRAD_ACCUM_STEPS", "BATCH_SIZE", "MESH_SHAPE_FSDP", "BETA"]),
+        st.sampled_from(["2", "-1", "x", "", "1,-1,1"]),
+    ),
+)
+def test_no_tree_whatever_ends_in_a_traceback(tmp_path_factory, tree, override, environment):
     path = tmp_path_factory.mktemp("fuzz") / "x.yaml"
     path.write_text(yaml.safe_dump(tree))
     refusal = None
     try:
-        spec.load(path, overrides=[override])
+        spec.load(path, overrides=[override], environment=environment)
     except spec.JobError as error:
         refusal = error
     assert refusal is None or all(str(p).strip() for p in refusal.problems)
