@@ -19,9 +19,10 @@ from trainer.train import (
     PlatformError,
     check_platform,
     evaluate_only,
-    load,
     make_rollout,
+    open_session,
     read_prompts,
+    read_weights,
     train,
 )
 
@@ -88,8 +89,8 @@ def data(tmp_path_factory):
         path.write_text("\n".join(lines) + "\n")
         return spec.Data(path=str(path))
 
-    session = load(job(data=write([0, 0])), Phases(folder))
-    session.rollout.hand_over(session.params)
+    session = open_session(job(data=write([0, 0])), Phases(folder))
+    session.rollout.hand_over(read_weights(session))
     prompts = read_prompts(session, "train")
     asked = prompts_of_step(session.job, prompts, 0)
     found = session.rollout.generate(

@@ -313,7 +313,7 @@ def test_two_steps_are_those_of_the_paper(optimizer):
         weight_decay=0.1,
         b1=0.8,
         b2=0.9,
-        warmup_steps=2,
+        warmup_updates=2,
     )
     run, t = Run(job), job.train
     batch = make_batch(job)
@@ -393,7 +393,7 @@ def test_a_clip_by_layer_bounds_each_layer_by_itself_and_the_head_and_the_embedd
 )
 def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, expected):
     job = make_job(
-        learning_rate=3e-4, warmup_steps=2, schedule=schedule, steps=5, updates_per_rollout=2
+        learning_rate=3e-4, warmup_updates=2, schedule=schedule, steps=5, updates_per_rollout=2
     )
     found = [float(learning_rate(job)(n)) for n in range(10)]
     np.testing.assert_allclose(found, 3e-4 * np.array(expected), rtol=1e-5)

@@ -48,7 +48,12 @@ def load_rows(job: Job, *, split: str) -> list[Row]:
         DataError: the file or the data set cannot be had, or a line of it is no word problem.
     """
     if split == "test" and job.evaluation.path is not None:
-        return read_jsonl(Path(job.evaluation.path))
+        return read_jsonl(Path(job.evaluation.path), key="evaluation.path")
+    if split == "test" and job.data.path is not None:
+        raise DataError(
+            f"data.path = {job.data.path} has no test split: set evaluation.path to a file of rows "
+            "that are not trained on"
+        )
     if job.data.path is not None:
         return read_jsonl(Path(job.data.path))
     if job.data.source == "gsm8k":
@@ -56,8 +61,12 @@ def load_rows(job: Job, *, split: str) -> list[Row]:
     return arithmetic_rows(seed=job.seed, split=split, count=job.data.rows)
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path, *, key: str = "data.path") -> list[Row]:
     """Rows of a GSM8K file: a JSON object with "question" and "answer" a line.
+
+    Args:
+        path: of the file.
+        key: the job's, that named it.
 
     Raises:
         DataError: with the number of the first line that is none.
@@ -66,14 +75,14 @@ def read_jsonl(path: Path) -> list[Row]:
         # Not splitlines: JSON may hold U+2028 and U+0085 as they are, which that would break at.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.path = {path} cannot be read: {error}") from error
+        raise DataError(f"{key} = {path} cannot be read: {error}") from error
     rows = [
         _row(line, where=f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not rows:
-        raise DataError(f"data.path = {path} holds no rows")
+        raise DataError(f"{key} = {path} holds no rows")
     return rows
 
 

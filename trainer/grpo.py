@@ -56,7 +56,9 @@ def batch_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     Source: arXiv:2501.03262 (REINFORCE++), equation 9; population std.
     """
     del group_size
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+    normed = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+    # Equal rewards differ from their mean by rounding, which the division would blow up.
+    return jnp.where(rewards.max() == rewards.min(), 0.0, normed)
 
 
 def sequence_mean_weights(completion_mask: jax.Array, max_tokens: int) -> jax.Array:
@@ -182,8 +184,12 @@ def token_loss(
     if variant.ratio == "free":
         gain, clipped = plain, jnp.zeros_like(plain)
     else:
-        bounded = jnp.clip(ratio, *clip_range(job)) * advantages
-        gain, clipped = jnp.minimum(plain, bounded), (bounded < plain).astype(jnp.float32)
+        # min(plain, clipped) spelled out: where a ratio lies on its bound, as every first one does
+        # with a clip of 0, the gradient is whole, not the half that autodiff gives to ties.
+        least, most = clip_range(job)
+        outside = jnp.where(advantages > 0, ratio > most, ratio < least) & (advantages != 0)
+        bounded = jax.lax.stop_gradient(jnp.clip(ratio, least, most)) * advantages
+        gain, clipped = jnp.where(outside, bounded, plain), outside.astype(jnp.float32)
     if ref_logprobs is None:
         return TokenLoss(-gain, clipped, jnp.zeros_like(plain))
     kl = kl_k3(logprobs, ref_logprobs)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
-from jobs.records import StepRecord
+from jobs.records import EvalRecord, StepRecord
 from jobs.spec import Job
 from trainer import hbm, reward
-from trainer.architecture import Path as LeafPath
+from trainer.architecture import ModelError
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
 from trainer.grpo import LOSSES, truncated_importance
-from trainer.mesh import make_mesh, state_shardings
+from trainer.mesh import LEAF_AXES, make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
 from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
-from trainer.update.masters import cast_tree
+from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
 from trainer.weights import Model, load_params, open_model
 
@@ -74,43 +72,46 @@ class Session:
     model: Model
     mesh: Any
     rollout: Rollout
-    params: Any
     mismatch: float | None = None
 
 
-def load(job: Job, phases: Phases) -> Session:
-    """Check the platform, place the weights, and build the engine.
+def open_session(job: Job, phases: Phases) -> Session:
+    """Check the platform, read the model's headers, and build the engine: no weight is read yet.
 
     Raises:
         PlatformError: the devices are not the job's.
-        ModelError, MeshError: the model cannot be had, or does not divide over the mesh.
+        ModelError, MeshError: the model cannot be had or used, or does not divide over the mesh.
     """
     devices = check_platform(job, jax.devices())
     mesh = make_mesh(job, devices)
-    with phases("load"):
-        model = open_model(job.model)
-        shardings = state_shardings(mesh, model.architecture)
-        rollout = make_rollout(job, model, mesh)
-
-        def place(path: LeafPath, leaf: np.ndarray) -> jax.Array:
-            sharding = shardings
-            for name in path:
-                sharding = sharding[name]
-            return jax.device_put(leaf, sharding)
-
-        params = load_params(model, place)
+    model = open_model(job.model)
+    a = model.architecture
+    if job.max_sequence_tokens > a.max_position:
+        raise ModelError(
+            f"{job.model} has {a.max_position} positions, a sequence of the job up to "
+            f"{job.max_sequence_tokens} tokens: lower rollout.max_prompt_tokens or "
+            "rollout.max_completion_tokens"
+        )
+    rollout = make_rollout(job, model, mesh)
     log.info(
-        "model=%s layers=%d embed=%d vocab=%d devices=%d platform=%s engine=%s load=%.2fs",
+        "model=%s layers=%d embed=%d vocab=%d devices=%d platform=%s engine=%s",
         job.model,
-        model.architecture.layers,
-        model.architecture.embed,
-        model.architecture.vocab,
+        a.layers,
+        a.embed,
+        a.vocab,
         len(devices),
         devices[0].platform,
         rollout.name,
-        phases.seconds["load"],
     )
-    return Session(job=job, phases=phases, model=model, mesh=mesh, rollout=rollout, params=params)
+    return Session(job=job, phases=phases, model=model, mesh=mesh, rollout=rollout)
+
+
+def read_weights(session: Session) -> dict[str, Any]:
+    """The model's parameters, f32, on the host."""
+    with session.phases("load"):
+        params = load_params(session.model, lambda _, leaf: leaf)
+    log.info("load=%.2fs", session.phases.seconds["load"])
+    return params
 
 
 def check_platform(job: Job, devices: list[Any]) -> list[Any]:
@@ -143,19 +144,18 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
     Raises:
         LossError: a loss or gradient norm is NaN or infinite.
     """
-    session = load(job, phases)
+    session = open_session(job, phases)
     prompts = read_prompts(session, "train")
     tests = read_prompts(session, "test") if job.eval_every_steps else []
     update = make_update(job, session.model.architecture, session.mesh)
-    state = update.init(session.params)
-    session.params = None
-    reference = _reference_params(job, update.params(state)) if job.train.beta else None
     if job.rollout.group_size == 1:
         log.warning("rollout.group_size = 1: every advantage is zero, nothing will be learned")
     with Metrics(job, run_dir) as metrics:
+        state = update.init(read_weights(session))
+        reference = _reference_params(job, update.params(state)) if job.train.beta else None
         with phases("hand_over"):
             session.rollout.hand_over(update.params(state))
-        for step in track(range(job.steps), "training", disable=not sys.stdout.isatty()):
+        for step in range(job.steps):
             phases.step, phases.seconds = step, {}
             began = time.monotonic()
             rolled = _roll(session, prompts_of_step(job, prompts, step), step)
@@ -168,25 +168,28 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
             metrics.write(record, step)
             _log_samples(session, rolled)
             if job.eval_every_steps and (step + 1) % job.eval_every_steps == 0:
-                phases.phase = "evaluation"
-                metrics.write(
-                    evaluate(
-                        job, session.rollout, tests, session.model.tokenizer, after_steps=step + 1
-                    ),
-                    step,
-                )
+                metrics.write(_evaluate(session, tests, after_steps=step + 1), step)
 
 
 def evaluate_only(job: Job, run_dir: Path, phases: Phases) -> None:
     """Evaluate the job's model as it is, without training."""
-    session = load(job, phases)
+    session = open_session(job, phases)
     tests = read_prompts(session, "test")
     with Metrics(job, run_dir) as metrics:
-        session.rollout.hand_over(session.params)
-        session.params = None
-        phases.phase = "evaluation"
-        record = evaluate(job, session.rollout, tests, session.model.tokenizer, after_steps=0)
-        metrics.write(record, 0)
+        shardings = state_shardings(session.mesh, session.model.architecture)
+        session.rollout.hand_over(jax.device_put(read_weights(session), shardings))
+        metrics.write(_evaluate(session, tests, after_steps=0), 0)
+
+
+def _evaluate(session: Session, tests: list[Prompt], *, after_steps: int) -> EvalRecord:
+    with session.phases("evaluation"):
+        return evaluate(
+            session.job,
+            session.rollout,
+            tests,
+            session.model.tokenizer,
+            after_steps=after_steps,
+        )
 
 
 def read_prompts(session: Session, split: str) -> list[Prompt]:
@@ -207,8 +210,18 @@ def read_prompts(session: Session, split: str) -> list[Prompt]:
 
 
 def _reference_params(job: Job, params: Any) -> Any:
-    """A frozen copy of the policy's weights, in the update's compute dtype, for the KL term."""
-    return jax.tree.map(jnp.copy, cast_tree(params, jnp.dtype(job.update.update_dtype)))
+    """A frozen copy of the policy's weights for the KL term, each as the update computes with it.
+
+    Matrices in the update's compute dtype, norms in f32: the policy's distance from its own
+    reference is 0 at first.
+    """
+    dtype = jnp.dtype(job.update.update_dtype)
+
+    def frozen(path: Any, leaf: Any) -> jax.Array:
+        exact = LEAF_AXES[path[-1].key][-1] == "norm"
+        return jnp.array(cast(leaf, jnp.float32 if exact else dtype), copy=True)
+
+    return jax.tree_util.tree_map_with_path(frozen, params, is_leaf=lambda x: isinstance(x, Split))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +283,17 @@ def _learn(
     """All updates of one rollout."""
     job, batch = session.job, _batch(session, rolled)
     if reference is not None:
-        batch = replace(batch, ref_logprobs=np.asarray(update.logprobs(reference, batch)))
+        ref = np.asarray(update.logprobs(reference, batch))
+        batch = replace(batch, ref_logprobs=np.where(batch.completion_mask > 0, ref, 0))
     correction = job.train.rollout_correction
     if job.needs_old_logprobs:
-        old = np.asarray(update.logprobs(update.params(state), batch))
-        session.mismatch = _mismatch(old, rolled.completions.logprobs, batch.completion_mask)
+        mask = batch.completion_mask
+        # Padding is 0 in all of them: what an engine leaves there must not reach the loss.
+        old = np.where(mask > 0, update.logprobs(update.params(state), batch), 0)
+        engine = np.where(mask > 0, rolled.completions.logprobs, 0)
+        session.mismatch = float(np.abs(old - engine).sum() / max(mask.sum(), 1.0))
         weights = batch.weights
         if correction is not None:
-            engine = jnp.asarray(rolled.completions.logprobs)
             weights = weights * np.asarray(truncated_importance(old, engine, cap=correction))
         batch = replace(batch, old_logprobs=old, weights=weights)
     learned: list[Learned] = []
@@ -290,11 +306,6 @@ def _learn(
             )
         learned.append(said)
     return state, learned
-
-
-def _mismatch(ours: np.ndarray, engines: np.ndarray, mask: np.ndarray) -> float:
-    """Mean distance of two sets of logprobs over completion tokens, nats."""
-    return float((np.abs(ours - engines) * mask).sum() / max(mask.sum(), 1.0))
 
 
 def _record(session: Session, rolled: Rolled, learned: list[Learned], *, dt_s: float) -> StepRecord:

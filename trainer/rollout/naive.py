@@ -26,7 +26,7 @@ _NEVER = jnp.finfo(jnp.float32).min
 
 
 class NaiveRollout:
-    """Samples from a copy of the policy's weights, in the sampler's own layout and dtype."""
+    """Samples from the policy's weights in the sampler's own layout and dtype; see `hand_over`."""
 
     name = "naive"
 
@@ -55,7 +55,7 @@ class NaiveRollout:
         """
         self.weights = hi_by_reference(params, self._shardings)
         if self.weights is None or self._job.rollout.dtype != "bfloat16":
-            self.weights = self._to_sampler(params)
+            self.weights = jax.block_until_ready(self._to_sampler(params))
 
     def sleep(self) -> None:
         """Let go of the weights, until the next hand-over."""

@@ -149,7 +149,7 @@ def head_logprobs(
 
     def one(chunk: _Chunk) -> jax.Array:
         seen = _gather(rms_norm(chunk.x, norm, a.norm_eps))
-        scores = _score(seen, head, _gather(chunk.targets), job.rollout.temperature or 1.0)
+        scores = _score(seen, head, _gather(chunk.targets), job.loss_temperature)
         size = chunk.targets.shape[0]
         return jax.lax.dynamic_slice_in_dim(scores.logprobs, jax.lax.axis_index(FSDP) * size, size)
 
@@ -169,7 +169,7 @@ def head_pass(
         job: the loss, its constants and the chunk size.
         a: the model's.
     """
-    temperature = job.rollout.temperature or 1.0
+    temperature = job.loss_temperature
     predictors, back_to_x = jax.vjp(lambda x: _predictors(x, rows), x)
     chunks, tokens = _chunks(predictors, rows, job)
 
@@ -180,8 +180,9 @@ def head_pass(
         scores = _score(everybodys.x, head, everybodys.targets, temperature)
 
         def chunk_loss(logprobs: jax.Array) -> tuple[jax.Array, Any]:
+            # Padding has a weight of 0, but what overflows there would still be 0 x inf.
             per_token = token_loss(
-                logprobs,
+                jnp.where(everybodys.mask > 0, logprobs, 0.0),
                 everybodys.advantages,
                 job,
                 old_logprobs=everybodys.old,

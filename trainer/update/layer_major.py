@@ -99,16 +99,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 
     def step(state: State, batch: Batch) -> tuple[State, Learned]:
         state, said = jitted(state, place(to_rows(batch, job)))
-        said = {name: float(value) for name, value in said.items()}
-        tokens = max(said["tokens"], 1.0)
-        return state, Learned(
-            loss=said["loss"],
-            entropy=said["entropy"] / tokens,
-            clipped_fraction=said["clipped"] / tokens,
-            kl=said["kl"] / tokens,
-            grad_norm=said["grad_norm"],
-            learning_rate=float(jnp.asarray(rate(int(state["updates"]) - 1))),
-        )
+        return state, Learned.of(said, learning_rate=rate(int(state["updates"]) - 1))
 
     def logprobs_of(params: Any, batch: Batch) -> np.ndarray:
         leaves, tree = jax.tree.flatten(params)
@@ -128,27 +119,33 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 def _init(abstract: State) -> Callable[[Any], State]:
     """The first state from f32 parameters, a leaf at a time, each let go as soon as it is split."""
 
+    @cache  # layers of a list are alike: one program serves them all
+    def splitter(like: LeafState) -> Any:
+        shardings = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(partial(optimizers.first_state, like=like), out_shardings=shardings)
+
+    def take(leaf: Any, at: LeafState) -> LeafState:
+        return splitter(at)(jax.device_put(leaf, at.master.hi.sharding))
+
     def init(params: Any) -> State:
-        take = lambda leaf, at: jax.jit(
-            partial(optimizers.first_state, like=at),
-            out_shardings=jax.tree.map(lambda x: x.sharding, at),
-        )(leaf)
-        is_leaf = lambda x: isinstance(x, LeafState)
         layers = abstract["layers"]
-        if isinstance(layers, dict):
-            taken: Any = {name: take(params["layers"].pop(name), at) for name, at in layers.items()}
-        else:
-            taken = [
-                {name: take(params["layers"][name][i], at) for name, at in layer.items()}
-                for i, layer in enumerate(layers)
-            ]
-            params["layers"].clear()
+        names = list(layers if isinstance(layers, dict) else layers[0])
+        taken: Any = {} if isinstance(layers, dict) else [{} for _ in layers]
+        for name in names:
+            leaf = params["layers"].pop(name)
+            if isinstance(layers, dict):
+                taken[name] = take(leaf, layers[name])
+            else:
+                for i, layer in enumerate(layers):
+                    taken[i][name] = take(leaf[i], layer[name])
         rest = {
-            name: jax.tree.map(take, params.pop(name), abstract[name], is_leaf=is_leaf)
+            name: take(params.pop(name), abstract[name])
             for name in abstract
             if name not in ("layers", "updates")
         }
-        return {**rest, "layers": taken, "updates": jnp.int32(0)}
+        # Where the program leaves it: elsewhere, the second update would be another program.
+        updates = jax.device_put(jnp.int32(0), abstract["updates"].sharding)
+        return {**rest, "layers": taken, "updates": updates}
 
     return init
 
@@ -228,9 +225,9 @@ def _over_layers(
 
 def _tied(program: Program, layers: Any, layer: Any, to: jax.Array) -> Any:
     """The layer, to be touched only once `to` is there: unrolled, XLA would gather all first."""
-    if not isinstance(layers, list):
-        return layer
-    return _behind(program, jax.lax.optimization_barrier((layer, to))[0], to)
+    if isinstance(layers, list):
+        layer = jax.lax.optimization_barrier((layer, to))[0]
+    return _behind(program, layer, to)
 
 
 def _behind(program: Program, value: Any, to: jax.Array) -> Any:
@@ -282,7 +279,7 @@ def logprobs(program: Program, params: Any, rows: Rows) -> jax.Array:
         rows: this device's.
     """
     x, _ = _forward(program, params, rows, keep=False)
-    return _logprobs_of(program, params, rows, x)
+    return _logprobs_of(program, params, _behind(program, rows, x), x)
 
 
 def _with_sequence_ratio(program: Program, params: Any, rows: Rows, x: jax.Array) -> Rows:
@@ -317,6 +314,7 @@ def update(program: Program, state: State, rows: Rows) -> tuple[State, dict[str,
     job = program.job
     params = _masters(state)
     x, inputs = _forward(program, params, rows, keep=True)
+    rows = _behind(program, rows, x)
     rows = _with_sequence_ratio(program, params, rows, x)
     flat, norm = x.reshape(-1, *x.shape[2:]), cast(params["norm"], jnp.float32)
     top = heads.head_pass(flat, _head(program, params), norm, rows, job, program.architecture)
@@ -394,7 +392,8 @@ def _with_embedding(
     a = program.architecture
     start = above.get("embed", jnp.zeros((a.vocab // program.shards, a.embed), jnp.float32))
     add = lambda gradient, part: (heads.embed_gradient(gradient, *part), None)
-    embed, _ = jax.lax.scan(add, start, (_micro_batches(program, rows)[0], dx))
+    tokens = _behind(program, _micro_batches(program, rows)[0], dx)
+    embed, _ = jax.lax.scan(add, start, (tokens, dx))
     return {**above, "embed": embed}
 
 

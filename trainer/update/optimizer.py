@@ -20,21 +20,21 @@ ADAM_EPS = 1e-8  # optax's default; added to the root of the corrected second mo
 def learning_rate(job: Job) -> optax.Schedule:
     """The learning rate of update n, counted from 0.
 
-    Linear up over warmup_steps updates, then constant, or by a half cosine to 0 at the job's last
+    Linear up over warmup_updates updates, then constant, or by a half cosine to 0 at the job's last
     update (arXiv:1608.03983, equation 5, without restarts).
     """
     t = job.train
-    after = max(1, job.total_updates - t.warmup_steps)
+    after = max(1, job.total_updates - t.warmup_updates)
     main = (
         optax.cosine_decay_schedule(t.learning_rate, decay_steps=after)
         if t.schedule == "cosine"
         else optax.constant_schedule(t.learning_rate)
     )
-    if not t.warmup_steps:
+    if not t.warmup_updates:
         return main
-    # Update 0 already learns: the ramp's first step is 1 / warmup_steps of the peak, not 0.
-    ramp = lambda n: t.learning_rate * (n + 1) / t.warmup_steps
-    return optax.join_schedules([ramp, main], [t.warmup_steps])
+    # Update 0 already learns: the ramp's first step is 1 / warmup_updates of the peak, not 0.
+    ramp = lambda n: t.learning_rate * (n + 1) / t.warmup_updates
+    return optax.join_schedules([ramp, main], [t.warmup_updates])
 
 
 def optimizer(job: Job) -> optax.GradientTransformation:
@@ -111,22 +111,43 @@ class LeafState(NamedTuple):
     v: Any
 
 
-def encode(moment: jax.Array, job: Job) -> Any:
-    """A moment, f32, as the job keeps it."""
+def _rounded(moment: jax.Array, *, count: Any, salt: int) -> Quantized:
+    """To int8, rounded up or down at random so that the mean is right.
+
+    Rounded to nearest, what changes by less than half a step would never change at all: a moment
+    that decays by 1 % an update could not decay. The noise is a hash of place and count.
+    """
+    scales = jnp.max(jnp.abs(moment), axis=-1, keepdims=True) / 127
+    steps = moment / jnp.where(scales > 0, scales, 1.0)
+    noise = jax.lax.broadcasted_iota(jnp.uint32, moment.shape, moment.ndim - 1)
+    if moment.ndim > 1:
+        rows = jax.lax.broadcasted_iota(jnp.uint32, moment.shape, moment.ndim - 2)
+        noise = noise ^ (rows * jnp.uint32(0x85EBCA6B))
+    noise = (
+        noise + jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt)
+    )
+    # The finalizer of MurmurHash3, then the upper 24 bits as a number from 0 to 1.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        noise = (noise ^ (noise >> shift)) * jnp.uint32(factor)
+    share = (noise >> 8).astype(jnp.float32) * 2.0**-24
+    values = jnp.clip(jnp.floor(steps + share), -127, 127)
+    return Quantized(values.astype(jnp.int8), scales)
+
+
+def encode(moment: jax.Array, job: Job, *, count: Any) -> Any:
+    """A moment, f32, as the job keeps it after `count` updates."""
     if job.update.moments == "bfloat16":
         return moment.astype(jnp.bfloat16)
-    scales = jnp.max(jnp.abs(moment), axis=-1, keepdims=True) / 127
-    values = jnp.round(moment / jnp.where(scales > 0, scales, 1.0)).astype(jnp.int8)
-    return Quantized(values, scales)
+    return _rounded(moment, count=count, salt=0)
 
 
-def encode_root(root: jax.Array, job: Job) -> Any:
-    """A root of a second moment, f32; int8 is rounded up, so that no update is ever too large."""
+def encode_root(root: jax.Array, job: Job, *, count: Any) -> Any:
+    """A root of a second moment, f32; in int8 never 0 where it is not, for it is divided by."""
     if job.update.moments == "bfloat16":
         return root.astype(jnp.bfloat16)
-    scales = jnp.max(root, axis=-1, keepdims=True) / 127
-    values = jnp.ceil(root / jnp.where(scales > 0, scales, 1.0))
-    return Quantized(jnp.minimum(values, 127).astype(jnp.int8), scales)
+    kept = _rounded(root, count=count, salt=1)
+    least = (root > 0).astype(jnp.int8)
+    return kept._replace(values=jnp.maximum(kept.values, least))
 
 
 def decode(moment: Any) -> jax.Array:
@@ -163,10 +184,14 @@ def update_leaf(
     if t.optimizer == "lion":
         change = jnp.sign(t.b1 * m + (1 - t.b1) * gradient) + decay
         m = t.b2 * m + (1 - t.b2) * gradient
-        return LeafState(split(master - rate * change), encode(m, job), None)
+        return LeafState(split(master - rate * change), encode(m, job, count=count), None)
     m = t.b1 * m + (1 - t.b1) * gradient
     v = t.b2 * decode(state.v) ** 2 + (1 - t.b2) * gradient**2
     done = (count + 1).astype(jnp.float32)
     root = jnp.sqrt(v / (1 - t.b2**done))
     change = m / (1 - t.b1**done) / (root + ADAM_EPS) + decay
-    return LeafState(split(master - rate * change), encode(m, job), encode_root(jnp.sqrt(v), job))
+    return LeafState(
+        split(master - rate * change),
+        encode(m, job, count=count),
+        encode_root(jnp.sqrt(v), job, count=count),
+    )

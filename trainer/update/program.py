@@ -1,6 +1,6 @@
 """The one door to the update: train.py runs it, plan.py compiles it, and both get it from here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,27 @@ class Learned:
     grad_norm: float
     learning_rate: float
 
+    @classmethod
+    def of(cls, said: Mapping[str, Any], *, learning_rate: Any) -> "Learned":
+        """From a program's loss, grad_norm, and sums over completion tokens."""
+        tokens = max(float(said["tokens"]), 1.0)
+        return cls(
+            loss=float(said["loss"]),
+            entropy=float(said["entropy"]) / tokens,
+            clipped_fraction=float(said["clipped"]) / tokens,
+            kl=float(said["kl"]) / tokens,
+            grad_norm=float(said["grad_norm"]),
+            learning_rate=float(learning_rate),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """An update design, ready to run on a mesh.
 
     Attributes:
-        init: parameters (f32, as `mesh.state_shardings` lays them) -> the first state; the
-            parameters are used up.
+        init: parameters (f32, on the host) -> the first state, placed a leaf at a time; the
+            tree is emptied as it goes.
         params: state -> the policy's parameters by reference, plain or split (masters.cast reads
             either), layers stacked or one by one.
         step: state and the batch of all sequences -> the next state, what was learned.
@@ -100,7 +113,7 @@ def completion_logprobs(
         params,
         before,
         targets,
-        temperature=job.rollout.temperature or 1.0,
+        temperature=job.loss_temperature,
         chunk=max(1, job.update.loss_chunk_tokens // sequences_a_device),
     )
 
@@ -114,6 +127,8 @@ def loss(
         f32[], and f32[] sums over completion tokens: entropy, clipped, kl, tokens.
     """
     logprobs, entropy = completion_logprobs(params, batch, job, architecture)
+    # Padding has a weight of 0, but what overflows there would still be 0 x inf.
+    logprobs = jnp.where(batch.completion_mask > 0, logprobs, 0.0)
     ratio = None
     if LOSSES[job.train.loss].ratio == "sequence" and batch.old_logprobs is not None:
         current = jax.lax.stop_gradient(logprobs)

@@ -105,6 +105,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 
     jitted = jax.jit(micro_step, donate_argnums=0, out_shardings=(shardings, everywhere))
     jitted_init = jax.jit(init, donate_argnums=0, out_shardings=shardings)
+    place = lambda params: jax.device_put(params, shardings.params)
     zero_sums = jax.jit(lambda: dict.fromkeys(_SUMS, jnp.float32(0)), out_shardings=everywhere)
     jitted_logprobs = jax.jit(lambda p, b: completion_logprobs(p, b, job, architecture)[0])
 
@@ -115,16 +116,8 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         for number, part in enumerate(micro_batches, start=1):
             placed = jax.device_put(part, by_sequence(mesh))
             state, norm = jitted(state, placed, last=jnp.bool_(number == len(micro_batches)))
-        sums = {name: float(value) for name, value in state.sums.items()}
-        tokens = max(sums["tokens"], 1.0)
-        return state, Learned(
-            loss=sums["loss"],
-            entropy=sums["entropy"] / tokens,
-            clipped_fraction=sums["clipped"] / tokens,
-            kl=sums["kl"] / tokens,
-            grad_norm=float(norm),
-            learning_rate=float(jnp.asarray(rate(int(state.updates) - 1))),
-        )
+        said = {**state.sums, "grad_norm": norm}
+        return state, Learned.of(said, learning_rate=rate(int(state.updates) - 1))
 
     def logprobs(params: Any, batch: Batch) -> jax.Array:
         parts = [
@@ -139,5 +132,9 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return jitted.lower(abstract, part, last=last)
 
     return Update(
-        init=jitted_init, params=lambda s: s.params, step=step, logprobs=logprobs, lower=lower
+        init=lambda params: jitted_init(place(params)),
+        params=lambda s: s.params,
+        step=step,
+        logprobs=logprobs,
+        lower=lower,
     )
