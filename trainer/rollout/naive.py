@@ -366,8 +366,11 @@ def _attend_to_prompt_and_completion(
     in_prompt = jnp.arange(before.shape[-1]) < prompt.lengths[:, None]
     before = jnp.where(in_prompt[:, None, None, None], before, _NEVER)
     since = jnp.where(jnp.arange(room) <= position, since, _NEVER)
-    shares = jax.nn.softmax(jnp.concatenate([before, since], axis=-1)).astype(v.dtype)
-    to_prompt, to_own = jnp.split(shares, [before.shape[-1]], axis=-1)
-    context = dot("pgkrs,pskd->pgkrd", to_prompt, prompt.values)
-    context += dot("pgkrs,pgskd->pgkrd", to_own, values)
+    # A softmax over both, divided last: what is divided is head_dim wide, not prompt + completion.
+    top = jnp.maximum(before.max(axis=-1), since.max(axis=-1))[..., None]
+    to_prompt, to_own = jnp.exp(before - top), jnp.exp(since - top)
+    total = to_prompt.sum(axis=-1) + to_own.sum(axis=-1)
+    context = dot("pgkrs,pskd->pgkrd", to_prompt.astype(v.dtype), prompt.values)
+    context += dot("pgkrs,pgskd->pgkrd", to_own.astype(v.dtype), values)
+    context = context / total[..., None]
     return context.astype(q.dtype).reshape(q.shape), (keys, values)
