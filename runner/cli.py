@@ -121,7 +121,10 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
 
     # Before anything is made: from here on a signal ends in an exit status.
     with Interrupts() as interrupts:
+        from rich.console import Console
+
         from runner import archive, launch
+        from runner.progress import log_stream
         from runner.provenance import checkout
 
         job = _load(job_file, overrides, from_env=from_env)
@@ -131,13 +134,18 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
             kind = "process" if client is None else "docker"
             code = checkout(launch.CODE)
             _leave_if_asked(interrupts.numbers)
-            with archive.create(job, verb=verb, where=kind, runs=runs, code=code) as made:
+            stream = _raw("stderr" if as_json else "stdout")
+            steps = job.steps if verb == "train" else None
+            with (
+                archive.create(job, verb=verb, where=kind, runs=runs, code=code) as made,
+                log_stream(stream, Console(stderr=as_json), steps=steps) as out,
+            ):
                 _say(f"run directory: {made.path}")
                 manifest = launch.launch(
                     made,
                     job,
                     client=client,
-                    out=_raw("stderr" if as_json else "stdout"),
+                    out=out,
                     say=_say,
                     trainer=launch.TRAINER if world.trainer is None else world.trainer,
                     interrupts=interrupts,

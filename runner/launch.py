@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from docker import DockerClient
 
@@ -21,7 +21,7 @@ from runner.archive import RunDir, now
 from runner.conclude import conclude
 from runner.process import ProcessTask
 from runner.provenance import installed_packages
-from runner.watch import Follower, Interrupts, Task, describe, watch
+from runner.watch import Follower, Interrupts, Sink, Task, describe, watch
 
 Where = Literal["auto", "process", "docker"]
 Say = Callable[[str], None]
@@ -101,7 +101,7 @@ def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by
     job: Job,
     *,
     client: DockerClient | None,
-    out: BinaryIO,
+    out: Sink,
     say: Say,
     trainer: Sequence[str] = TRAINER,
     interrupts: Interrupts | None = None,

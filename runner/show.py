@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -25,7 +25,7 @@ from jobs.records import (
 )
 from runner.archive import RunDir
 from runner.diagnose import format_diagnosis
-from runner.watch import write_out
+from runner.watch import Sink, write_out
 
 _POLL_S = 0.5
 _BLOCK_BYTES = 1 << 16
@@ -198,7 +198,7 @@ def blocks(path: Path, *, ended: Callable[[], bool] | None, skip: int = 0) -> It
 
 
 def print_log(
-    path: Path, out: BinaryIO, *, lines: int | None, ended: Callable[[], bool] | None
+    path: Path, out: Sink, *, lines: int | None, ended: Callable[[], bool] | None
 ) -> None:
     """Write a log, or its last lines, and go on with what comes until `ended` says so."""
     size = path.stat().st_size

@@ -3,10 +3,10 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Buffer, Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import Protocol, Self
 
 from jobs.records import ExitStatus
 from runner.ending import signal_name
@@ -28,6 +28,18 @@ class Task(Protocol):
 
     def kill(self) -> None:
         """End it, and all it started, at once."""
+        ...
+
+
+class Sink(Protocol):
+    """Where a log is shown."""
+
+    def write(self, data: Buffer, /) -> int | None:
+        """Take some bytes, and tell how many."""
+        ...
+
+    def flush(self) -> None:
+        """Show what was taken."""
         ...
 
 
@@ -109,7 +121,7 @@ class Follower:
     `with` ends is still written.
     """
 
-    def __init__(self, path: Path, out: BinaryIO, *, patience_s: float | None = None) -> None:
+    def __init__(self, path: Path, out: Sink, *, patience_s: float | None = None) -> None:
         """Follow the file at `path`.
 
         Args:
@@ -151,7 +163,7 @@ class Follower:
         return True
 
 
-def write_out(out: BinaryIO, data: bytes) -> None:
+def write_out(out: Sink, data: bytes) -> None:
     """Write all of it: a stream without a buffer may take less at a time."""
     view = memoryview(data)
     while view:

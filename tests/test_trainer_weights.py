@@ -25,6 +25,7 @@ from trainer.architecture import (
 )
 from trainer.hf_folder import INDEX, hf_tensors, save_hf_folder, tree_from_hf
 from trainer.tokenizer import from_gguf, tiny_tokenizer
+from trainer.update.masters import Split, split
 from trainer.weights import embedded_gguf, hub_folder, load_params, open_model
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -237,6 +238,31 @@ def test_a_saved_folder_holds_torchs_tensors_key_by_key(family, tmp_path):
     messages = [{"role": "user", "content": "3 + 4?"}]
     assert again.tokenizer.encode_chat(messages) == model.tokenizer.encode_chat(messages)
     assert_same(load_params(again, keep), load_params(model, keep))
+
+
+@pytest.mark.parametrize("layers", ["stacked", "per_layer"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_split_masters_are_saved_as_their_exact_f32_or_as_bf16(layers, dtype, tmp_path):
+    _, tensors = golden_weights("qwen2")
+    model = open_model(str(golden_folder("qwen2", tmp_path / "in")))
+    masters = jax.tree.map(lambda leaf: split(jax.numpy.asarray(leaf)), load_params(model, keep))
+    if layers == "per_layer":
+        stacked = masters["layers"]
+        of = lambda i: {name: Split(leaf.hi[i], leaf.lo[i]) for name, leaf in stacked.items()}
+        masters["layers"] = [of(i) for i in range(model.architecture.layers)]
+    out = tmp_path / "out"
+    save_hf_folder(
+        masters, out, architecture=model.architecture, tokenizer=model.tokenizer, dtype=dtype
+    )
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert written[name].dtype == dtype
+        if dtype == np.float32:
+            np.testing.assert_array_equal(written[name], value, err_msg=name)
+        else:  # half a unit in the last of 8 bits
+            off = np.abs(written[name].astype(np.float32) - value)
+            assert (off <= 2**-8 * np.abs(value)).all(), name
 
 
 def test_shards_lie_under_an_index_and_hold_the_same(tmp_path):

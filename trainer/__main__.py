@@ -56,7 +56,9 @@ def run(verb: str, job: Job, run_dir: Path) -> None:
             {"train": train.train, "evaluate": train.evaluate_only}[verb](job, run_dir, phases)
         finally:
             phase, step = phases.phase, phases.step
-    except Exception as error:
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # libraries end the program, too
         failure = Failure(
             kind=type(error).__name__,
             message=str(error),
@@ -68,10 +70,14 @@ def run(verb: str, job: Job, run_dir: Path) -> None:
         raise
 
 
+class Stopped(SystemExit):
+    """Somebody asked us to stop, by a signal."""
+
+
 def _stop(number: int, _frame: object) -> NoReturn:
     """Leave as soon as Python runs again, with every context manager closed."""
     log.info("stopped by %s", signal.Signals(number).name)
-    raise SystemExit(128 + number)
+    raise Stopped(128 + number)
 
 
 def _refuse(lines: str) -> int:

@@ -10,9 +10,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,6 +30,7 @@ from trainer.architecture import (
     to_hf_config,
 )
 from trainer.tokenizer import Tokenizer, from_folder
+from trainer.update.masters import cast
 
 NAMES: dict[Path, str] = {
     ("embed",): "model.embed_tokens.weight",
@@ -76,18 +79,24 @@ def hf_tensors(
     """Name and value of each Hugging Face tensor, a layer of a leaf at a time: the inverse map.
 
     Args:
-        params: our tree; numpy or JAX arrays, sharded or not.
+        params: our tree, layers stacked or one by one; numpy or JAX arrays, or split masters,
+            sharded or not.
         architecture: of `params`.
-        dtype: of the values.
+        dtype: of the values; bf16 of a split master is its `hi`.
     """
-    paths = leaf_shapes(architecture)
+    paths, layers = leaf_shapes(architecture), params["layers"]
     for path in (path for path in paths if path[0] != "layers"):
-        yield NAMES[path], np.asarray(params[path[0]]).astype(dtype)
+        yield NAMES[path], np.asarray(cast(params[path[0]], dtype))
     for layer in range(architecture.layers):
         for path in (path for path in paths if path[0] == "layers"):
-            value = np.asarray(params["layers"][path[1]][layer])
+            leaf = (
+                jax.tree.map(itemgetter(layer), layers[path[1]])
+                if isinstance(layers, Mapping)
+                else layers[layer][path[1]]
+            )
+            value = np.asarray(cast(leaf, dtype))
             turned = value.T if path in TRANSPOSED else value
-            yield NAMES[path].format(layer), np.ascontiguousarray(turned.astype(dtype))
+            yield NAMES[path].format(layer), np.ascontiguousarray(turned)
 
 
 class HfFolder:

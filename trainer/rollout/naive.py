@@ -83,8 +83,8 @@ class NaiveRollout:
             seed=np.uint32(job.seed),
         )
         request = jax.device_put(request, replicated(self._mesh))
-        end = self._sample(self.weights, request, settings=self._settings)
-        done, tokens, logprobs = jax.device_get((end.done, end.tokens, end.logprobs))
+        sampled = self._sample(self.weights, request, settings=self._settings)
+        done, tokens, logprobs = jax.device_get(sampled)
         first_eos = np.isin(tokens, self._settings.eos_ids).argmax(axis=1)
         return Completions(
             tokens=tokens,
@@ -197,7 +197,9 @@ class PromptKv(NamedTuple):
     lengths: jax.Array
 
 
-def sample(weights: Any, request: Request, settings: Settings) -> Sampling:
+def sample(
+    weights: Any, request: Request, settings: Settings
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prefill the prompts, then decode until every sequence is done or has max_tokens.
 
     Args:
@@ -206,7 +208,7 @@ def sample(weights: Any, request: Request, settings: Settings) -> Sampling:
         settings: what the program is compiled for.
 
     Returns:
-        The state after the last token.
+        done, tokens and logprobs of `Sampling`, after the last token.
     """
     a, temperature = settings.architecture, request.temperature
     key = jax.random.key(request.seed)
@@ -231,7 +233,8 @@ def sample(weights: Any, request: Request, settings: Settings) -> Sampling:
         )
 
     unfinished = lambda state: (state.position < settings.max_tokens) & ~state.done.all()
-    return jax.lax.while_loop(unfinished, step, state)
+    end = jax.lax.while_loop(unfinished, step, state)
+    return end.done, end.tokens, end.logprobs
 
 
 def _tempered(scores: jax.Array, temperature: jax.Array) -> jax.Array:
