@@ -42,6 +42,7 @@ JOB = Path(__file__).parents[1] / "jobs" / "sop_bs32_len1024.yaml"
 OURS = (
     "update.design=layer_major",
     "update.clip=per_layer",
+    "update.layers=stacked",
     "train.micro_batch_size=null",
     "rollout.engine=naive",
 )
@@ -76,6 +77,12 @@ _GROUP = (
     "rollout.group_size=8",
     "update.completions_per_row=group",
 )
+_SOP = (
+    "update.design=reference",
+    "update.clip=global",
+    "update.layers=per_layer",
+    "train.micro_batch_size=4",
+)
 ROWS = (
     Row("7b", "7B, Lion, bf16 moments, splash, stacked", (), 14.83, 14.9),
     Row("group", "7B, 4 prompts x 8 completions, each prompt once", _GROUP, None, 14.9),
@@ -91,6 +98,7 @@ ROWS = (
     Row("v6e-8", "7B", ("accelerator=v6e-8",), 8.14, 8.14),
     Row("v4-16", "7B", ("accelerator=v4-16",), 8.21, 8.21),
     Row("v5p-8", "7B", ("accelerator=v5p-8",), 14.83, 14.83),
+    Row("sop", "7B, the SOP's program: plain autodiff, f32 state", _SOP, 29.19, None),
     Row("decode", "7B, naive sampler, 32 sequences", (), 4.44, 5.0, program="decode"),
 )
 # What the first row's time, and a token of the decode row, must reach.

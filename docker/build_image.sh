@@ -49,7 +49,9 @@ commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 if [ -n "$(git status --porcelain -- docker jobs runner trainer pyproject.toml README.md 2>/dev/null)" ]; then
   commit+=-dirty
 fi
-lock=$(sha256sum docker/trainer.txt | cut -d' ' -f1)
+locks=(docker/trainer.txt)
+if [ "$stage" = tpu ]; then locks+=(docker/tpu.txt); fi
+lock=$(cat "${locks[@]}" | sha256sum | cut -d' ' -f1)
 # The plain driver: a buildx builder in a container of its own would not see local images.
 DOCKER_BUILDKIT=1 BUILDX_BUILDER='' "$client" build --progress=plain --file docker/Dockerfile --target "$stage" \
   --build-arg "BASE=$base" --build-arg "COMMIT=$commit" --build-arg "LOCK=$lock" --tag "$tag" . >&2

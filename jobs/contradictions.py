@@ -119,7 +119,7 @@ def _design_contradictions(job: Job, target: Accelerator) -> list[Problem]:
             )
         )
     of_other_design = (
-        ("moments", "layers", "completions_per_row", "host_offload", "attention")
+        ("moments", "completions_per_row", "host_offload", "attention")
         if u.design == "reference"
         else ("remat",)
     )

@@ -171,7 +171,8 @@ class Manifest(Record):
         job: the job's name.
         job_sha256: of job.json as written.
         verb: what the trainer was asked to do: train, plan, evaluate.
-        state: running until the exit status is known, then finished or lost.
+        state: created until the job starts, running until its exit status is known, then
+            finished or lost.
         where: process or docker.
         command: argv of the trainer's process, or of the container.
         commit: of the repository, full; None outside a git checkout.

@@ -184,7 +184,7 @@ class Update(Part):
     clip: Literal["per_layer", "global"] = "per_layer"
     """What max_grad_norm bounds: each layer's gradient, or all together (a gradient copy more)."""
     layers: Literal["stacked", "per_layer"] = "stacked"
-    """layer_major: one array for all layers, or one for each, as engines take them."""
+    """One array for all layers, or one for each, as engines take them."""
     completions_per_row: Literal["one", "group"] = "one"
     """layer_major: group computes each prompt once for all its completions."""
     host_offload: Annotated[tuple[Literal["momentum", "lo"], ...], Field(strict=False)] = ()

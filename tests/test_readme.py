@@ -40,14 +40,20 @@ def test_every_job_is_in_the_readme():
         assert f"`jobs/{path.name}`" in README
 
 
-def test_every_file_of_the_map_exists():
-    files = README.partition("## File map")[2]
-    folder = ""
-    for line in files.splitlines():
-        if named := re.match(r"(\w[\w/]*/) ", line):
-            folder = named[1]
-        for name in re.findall(r"[\w/]+\.(?:py|md)\b", line):
-            assert (ROOT / folder / name).exists(), f"{folder}{name}"
+def test_the_map_has_every_file_and_no_other():
+    text, folder = README.partition("## File map")[2].partition("`runner`")[0], ""
+    named = set()
+    for line in text.splitlines():
+        if begins := re.match(r"(\w[\w/]*/) ", line):
+            folder = begins[1]
+        named |= {f"{folder}{name}" for name in re.findall(r"\w+\.(?:py|md)\b", line)}
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("jobs/*.py", "runner/*.py", "trainer/**/*.py", "benchmarks/*.py", "docs/*")
+        for path in ROOT.glob(pattern)
+        if path.name != "__init__.py"
+    }
+    assert named == found
 
 
 @pytest.mark.parametrize("design", ["layer_major", "reference"])

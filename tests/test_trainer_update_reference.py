@@ -383,6 +383,28 @@ def test_a_clip_by_layer_bounds_each_layer_by_itself_and_the_head_and_the_embedd
         assert_close(found, jax.tree.map(lambda g, s=scale: g * s, whole), share=2 * ROUNDING)
 
 
+@pytest.mark.parametrize("clip", ["global", "per_layer"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_single_layers_learn_what_stacked_ones_do(clip, devices):
+    def run(layers):
+        settings = {"clip": clip, "layers": layers}
+        run = Run(make_job(devices=devices, micro=4, max_grad_norm=0.3, update=settings))
+        said = [run.step(make_batch(run.job)) for _ in range(2)]
+        return run, said
+
+    (stacked, said), (single, said_too) = run("stacked"), run("per_layer")
+    for one, other in zip(said, said_too, strict=True):
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
+        np.testing.assert_allclose(one.grad_norm, other.grad_norm, rtol=1e-5)
+    for tree, expected in ((single.params, stacked.params), (single.moment(), stacked.moment())):
+        assert isinstance(tree["layers"], list)
+        assert len(tree["layers"]) == ARCHITECTURE.layers
+        restacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tree["layers"])
+        # A sign may turn where a gradient is all rounding: Lion then steps the other way.
+        for name, x, y in leaves({**tree, "layers": restacked}, expected):
+            assert np.mean(np.abs(x - y) > 1e-5 * np.abs(y).max()) < 1e-3, name
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from trainer.architecture import Architecture
 
@@ -133,15 +134,18 @@ def hidden_states(
     *,
     dtype: Any,
     remat: bool,
+    activations: NamedSharding | None = None,
 ) -> jax.Array:
     """What the head reads, for whole sequences.
 
     Args:
-        params: the parameter tree, layers stacked.
+        params: the parameter tree, layers stacked or a list of one tree a layer.
         tokens: i32[batch, seq], padded on the right.
         architecture: the model's.
         dtype: of the activations.
         remat: keep only each layer's input for the backward pass.
+        activations: how [batch, seq, embed] is held to lie at each layer; None: as XLA likes, which
+            may share out what is computed in other ways than its sequences.
 
     Returns:
         dtype[batch, seq, embed], normed.
@@ -150,10 +154,17 @@ def hidden_states(
     angles = position_angles(jnp.broadcast_to(jnp.arange(seq), (batch, seq)), architecture)
 
     def layer(x: jax.Array, weights: Weights) -> tuple[jax.Array, None]:
+        if activations is not None:
+            x = jax.lax.with_sharding_constraint(x, activations)
         return decoder_layer(x, weights, architecture, angles=angles, attend=causal_attention)
 
-    x = params["embed"].astype(dtype)[tokens]
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["layers"])
+    x, layers = params["embed"].astype(dtype)[tokens], params["layers"]
+    one = jax.checkpoint(layer) if remat else layer
+    if isinstance(layers, list):
+        for weights in layers:
+            x, _ = one(x, weights)
+    else:
+        x, _ = jax.lax.scan(one, x, layers)
     return rms_norm(x, params["norm"], architecture.norm_eps)
 
 

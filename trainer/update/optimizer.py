@@ -4,6 +4,7 @@
 at a time, with moments in bf16 or int8, for layer_major.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,27 +55,30 @@ def clip(gradients: Any, job: Job) -> tuple[Any, jax.Array]:
     """The gradients as the job's clip leaves them, and their global norm before.
 
     Args:
-        gradients: f32 in the shape of the parameter tree, layers stacked.
+        gradients: f32 in the shape of the parameter tree.
         job: train.max_grad_norm, update.clip.
     """
     norm = optax.tree.norm(gradients)
     if job.update.clip == "global":
         scale = clip_scale(norm, job)
         return jax.tree.map(lambda g: g * scale, gradients), norm
+    one = partial(_clip_together, job=job)
     layers = gradients["layers"]
-    squares = [jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1) for g in layers.values()]
-    by_layer = clip_scale(jnp.sqrt(sum(squares)), job)
     clipped: dict[str, Any] = {
-        "layers": {
-            name: g * by_layer.reshape(-1, *[1] * (g.ndim - 1)) for name, g in layers.items()
-        }
+        "layers": [one(layer) for layer in layers]
+        if isinstance(layers, list)
+        else jax.vmap(one)(layers)
     }
     # An untied head goes with the final norm; a tied one is the embedding, which then does.
     groups = [("head", "norm"), ("embed",)] if "head" in gradients else [("embed", "norm")]
     for group in groups:
-        scale = clip_scale(optax.tree.norm([gradients[name] for name in group]), job)
-        clipped |= {name: gradients[name] * scale for name in group}
+        clipped |= one({name: gradients[name] for name in group})
     return clipped, norm
+
+
+def _clip_together(gradients: dict[str, jax.Array], job: Job) -> dict[str, jax.Array]:
+    scale = clip_scale(optax.tree.norm(gradients), job)
+    return {name: g * scale for name, g in gradients.items()}
 
 
 def clip_scale(norm: Any, job: Job) -> Any:

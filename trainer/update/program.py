@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jobs.spec import Job
 from trainer.architecture import Architecture
@@ -88,11 +88,17 @@ def make_update(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 
 
 def completion_logprobs(
-    params: Any, batch: Batch, job: Job, architecture: Architecture
+    params: Any,
+    batch: Batch,
+    job: Job,
+    architecture: Architecture,
+    *,
+    activations: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The policy's logprob and entropy at each completion token, f32[batch, completion] both.
 
-    Hidden states are computed for whole sequences, logits for completion positions only.
+    Hidden states are computed for whole sequences, logits for completion positions only. For
+    `activations` see `hidden_states`.
     """
     hidden = hidden_states(
         params,
@@ -100,6 +106,7 @@ def completion_logprobs(
         architecture,
         dtype=jnp.dtype(job.update.update_dtype),
         remat=job.update.remat,
+        activations=activations,
     )
     # Completion token t of a sequence lies behind its prompt; the position before it predicts it.
     # Where a row is too short for t, the mask is 0 and any token of the row will do.
@@ -119,14 +126,21 @@ def completion_logprobs(
 
 
 def loss(
-    params: Any, batch: Batch, job: Job, architecture: Architecture
+    params: Any,
+    batch: Batch,
+    job: Job,
+    architecture: Architecture,
+    *,
+    activations: NamedSharding | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The batch's share of the update's loss, and sums over its tokens.
 
     Returns:
         f32[], and f32[] sums over completion tokens: entropy, clipped, kl, tokens.
     """
-    logprobs, entropy = completion_logprobs(params, batch, job, architecture)
+    logprobs, entropy = completion_logprobs(
+        params, batch, job, architecture, activations=activations
+    )
     # Padding has a weight of 0, but what overflows there would still be 0 x inf.
     logprobs = jnp.where(batch.completion_mask > 0, logprobs, 0.0)
     ratio = None

@@ -1,15 +1,18 @@
 """The reference update: plain autodiff over f32 parameters, one jitted program a micro-batch.
 
 The SOP's own state: f32 parameters, f32 moments, and an f32 gradient accumulator that lives between
-micro-batches. It is kept for ever as the numerical reference of the other designs.
+micro-batches. It is kept for ever as the numerical reference of the other designs. With single
+layers it takes the SOP's memory too: unrolled, XLA keeps the weights that it has gathered for the
+forward pass until the backward pass has used them.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jobs.spec import Job
 from trainer.architecture import Architecture
@@ -42,6 +45,9 @@ class ReferenceState(NamedTuple):
 def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> ReferenceState:
     """The state as shapes, dtypes and shardings, with no memory behind it."""
     params = abstract_params(mesh, architecture, jnp.float32)
+    if job.update.layers == "per_layer":
+        one = {name: _without_first_axis(leaf) for name, leaf in params["layers"].items()}
+        params["layers"] = [one] * architecture.layers
     everywhere = replicated(mesh)
     optimizer = optimizers.optimizer(job)
     # Moments lie where their parameters lie, counters everywhere.
@@ -64,13 +70,27 @@ def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> Referenc
     )
 
 
+def _without_first_axis(leaf: Any) -> jax.ShapeDtypeStruct:
+    mesh, spec = leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:])
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _placed(params: Any, shardings: Any) -> Any:
+    """Parameters from the host, layers stacked, as and where the state has them."""
+    if isinstance(shardings["layers"], list):
+        stacked = params["layers"]
+        layer = lambda i: {name: leaf[i] for name, leaf in stacked.items()}
+        params = {**params, "layers": [layer(i) for i in range(len(shardings["layers"]))]}
+    return jax.device_put(params, shardings)
+
+
 def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     """The reference design of `program.Update`."""
     optimizer = optimizers.optimizer(job)
     rate = optimizers.learning_rate(job)
     abstract = abstract_state(job, architecture, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    everywhere = replicated(mesh)
+    everywhere, sequences = replicated(mesh), by_sequence(mesh)
 
     def init(params: Any) -> ReferenceState:
         return ReferenceState(
@@ -85,7 +105,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         state: ReferenceState, batch: Batch, *, last: jax.Array
     ) -> tuple[ReferenceState, jax.Array]:
         (value, sums), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params, batch, job, architecture
+            state.params, batch, job, architecture, activations=sequences
         )
         state = state._replace(
             gradients=jax.tree.map(jnp.add, state.gradients, gradients),
@@ -105,29 +125,31 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 
     jitted = jax.jit(micro_step, donate_argnums=0, out_shardings=(shardings, everywhere))
     jitted_init = jax.jit(init, donate_argnums=0, out_shardings=shardings)
-    place = lambda params: jax.device_put(params, shardings.params)
+    place = partial(_placed, shardings=shardings.params)
     zero_sums = jax.jit(lambda: dict.fromkeys(_SUMS, jnp.float32(0)), out_shardings=everywhere)
-    jitted_logprobs = jax.jit(lambda p, b: completion_logprobs(p, b, job, architecture)[0])
+    jitted_logprobs = jax.jit(
+        lambda p, b: completion_logprobs(p, b, job, architecture, activations=sequences)[0]
+    )
 
     def step(state: ReferenceState, batch: Batch) -> tuple[ReferenceState, Learned]:
         state = state._replace(sums=zero_sums())
         norm: Any = 0.0
         micro_batches = list(batch.micro_batches(job.micro_batch_size))
         for number, part in enumerate(micro_batches, start=1):
-            placed = jax.device_put(part, by_sequence(mesh))
+            placed = jax.device_put(part, sequences)
             state, norm = jitted(state, placed, last=jnp.bool_(number == len(micro_batches)))
         said = {**state.sums, "grad_norm": norm}
         return state, Learned.of(said, learning_rate=rate(int(state.updates) - 1))
 
     def logprobs(params: Any, batch: Batch) -> jax.Array:
         parts = [
-            jitted_logprobs(params, jax.device_put(part, by_sequence(mesh)))
+            jitted_logprobs(params, jax.device_put(part, sequences))
             for part in batch.micro_batches(job.micro_batch_size)
         ]
         return jnp.concatenate(parts)
 
     def lower() -> Any:
-        part = abstract_batch(job, sequences=job.micro_batch_size, sharding=by_sequence(mesh))
+        part = abstract_batch(job, sequences=job.micro_batch_size, sharding=sequences)
         last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere)
         return jitted.lower(abstract, part, last=last)
 
