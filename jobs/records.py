@@ -185,6 +185,7 @@ class Manifest(Record):
         created, started, finished: UTC, ISO 8601; None while it has not happened.
         exit_status: None until the run has ended.
         log_sha256: of run.log when the run ended.
+        retry_of: the run that failed before this one; None: a first attempt.
     """
 
     run: str
@@ -206,6 +207,7 @@ class Manifest(Record):
     finished: str | None = None
     exit_status: ExitStatus | None = None
     log_sha256: str | None = None
+    retry_of: str | None = None
 
 
 class Diagnosis(Record):

@@ -7,7 +7,10 @@ stdout is the result, stderr the progress; `--json` is for programs.
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
@@ -27,9 +30,11 @@ class World:
 
     Attributes:
         trainer: the program of the process way; None: the trainer beside this runner.
+        pause: waits so many seconds before a run is tried again.
     """
 
     trainer: tuple[str, ...] | None = None
+    pause: Callable[[float], None] = time.sleep
 
 
 _INTERRUPTED = 130  # 128 + SIGINT
@@ -95,6 +100,13 @@ def main() -> None:
     show_default=True,
     help="What the trainer does with the job.",
 )
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Try again, up to N times, where the cause of the failure may pass by itself.",
+)
 @_runs
 @_json
 @_world
@@ -106,17 +118,56 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     from_env: bool,
     where: Literal["auto", "process", "docker"],
     verb: str,
+    retries: int,
     runs: Path,
     as_json: bool,
 ) -> None:
     """Run a job to its end; its log streams here and is archived.
+
+    With --retries every attempt is a run of its own. What would only fail again is not tried again:
+    a job that ran out of HBM, whatever must be cleaned up first, a mistake in the job.
 
     Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
     130 and 143 interrupted.
 
     \b
     headroom run jobs/smoke.yaml --set steps=3 --where process
+    headroom run jobs/smoke.yaml --retries 3
     """
+    from runner.conclude import diagnosis_of
+    from runner.retry import wait_s
+
+    load = lambda: _load(job_file, overrides, from_env=from_env)
+    made, manifest = _attempt(world, load, where=where, verb=verb, runs=runs, as_json=as_json)
+    for number in range(retries):
+        diagnosis = diagnosis_of(made)
+        seconds = wait_s(manifest, diagnosis, attempts=number + 1)
+        if seconds is None or diagnosis is None:
+            break
+        _say(
+            f"{made.name}: {diagnosis.cause} may pass by itself; "
+            f"retry {number + 1} of {retries} in {seconds:g} s (Ctrl-C: no more)"
+        )
+        world.pause(seconds)
+        # As it was first read: the file may be another by now.
+        load = partial(_load, made.job_file, (), from_env=False)
+        made, manifest = _attempt(
+            world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
+        )
+    sys.exit(_end(made, manifest, as_json=as_json))
+
+
+def _attempt(  # noqa: PLR0913 - the options of `run`
+    world: World,
+    load: Callable[[], "Job"],
+    *,
+    where: Literal["auto", "process", "docker"],
+    verb: str,
+    runs: Path,
+    as_json: bool,
+    retry_of: str | None = None,
+) -> tuple["RunDir", "Manifest"]:
+    """One run, from its job to its end."""
     from runner.watch import Interrupts
 
     # Before anything is made: from here on a signal ends in an exit status.
@@ -127,7 +178,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         from runner.progress import log_stream
         from runner.provenance import checkout
 
-        job = _load(job_file, overrides, from_env=from_env)
+        job = load()
         try:
             client, why = launch.place(where, job)
             _say(f"running in {why}")
@@ -141,6 +192,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
                 log_stream(stream, Console(stderr=as_json), steps=steps) as out,
             ):
                 _say(f"run directory: {made.path}")
+                made.update(retry_of=retry_of)
                 manifest = launch.launch(
                     made,
                     job,
@@ -152,7 +204,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
                 )
         except (launch.HostNotFit, OSError) as error:
             raise Refused(str(error)) from error
-    sys.exit(_end(made, manifest, as_json=as_json))
+    return made, manifest
 
 
 @main.command()

@@ -116,6 +116,7 @@ def _print_facts(manifest: Manifest, data: dict[str, Any], console: Console) -> 
     facts = {
         "run": data["path"],
         "status": ending_text(manifest),
+        **({"retry of": manifest.retry_of} if manifest.retry_of else {}),
         "job": f"{manifest.job} ({manifest.verb})",
         "commit": commit + (" with changes" if manifest.dirty else ""),
         "where": manifest.where + (f" {manifest.image}" if manifest.image else ""),

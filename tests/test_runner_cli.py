@@ -401,6 +401,70 @@ def test_a_clean_run_is_not_said_to_have_handled_errors(tmp_path, code, said):
     assert call(tmp_path, "diagnose", "latest").stdout.splitlines()[0] == said
 
 
+# A trainer that fails until it has been started so many times; the runs lie beside each other.
+FAILS_UNTIL = (
+    "import pathlib\n"
+    "if len(list(pathlib.Path('..').glob('*/job.json'))) < {times}:\n"
+    "    print({says!r})\n"
+    "    raise SystemExit(70)\n"
+)
+PASSING = "OSError: [Errno 101] Network is unreachable"
+
+
+def retried(folder, code, retries, *options):
+    waits = []
+    world = World(trainer=trainer(code), pause=waits.append)
+    argv = ["run", write_job(folder), "--where", "process", "--runs", folder / "runs"]
+    argv = [str(a) for a in (*argv, "--retries", retries, *options)]
+    return CliRunner().invoke(main, argv, obj=world), waits
+
+
+def test_a_cause_that_passes_is_tried_again_each_attempt_a_run_of_its_own(tmp_path):
+    done, waits = retried(tmp_path, FAILS_UNTIL.format(times=3, says=PASSING), 5)
+    assert done.exit_code == 0, done.output
+    assert waits == [10, 20]
+    manifests = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/manifest.json"))]
+    assert [m["exit_status"]["code"] for m in manifests] == [70, 70, 0]
+    names = [m["run"] for m in manifests]
+    assert [m["retry_of"] for m in manifests] == [None, *names[:2]]
+    assert len({m["job_sha256"] for m in manifests}) == 1
+    assert (
+        f"{names[0]}: network_unreachable may pass by itself; retry 1 of 5 in 10 s" in done.stderr
+    )
+    assert "retry of" in call(tmp_path, "show", "latest").stdout
+
+
+def test_no_more_attempts_are_made_than_were_asked_for(tmp_path):
+    done, waits = retried(tmp_path, FAILS_UNTIL.format(times=9, says=PASSING), 2)
+    assert done.exit_code == 4
+    assert (len(list(tmp_path.glob("runs/*/job.json"))), len(waits)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "ours"),
+    [
+        (f"print({OOM!r})\nraise SystemExit(70)", 4),  # only with other settings
+        ("print('Error: no TPU')\nraise SystemExit(1)", 1),
+        ("raise SystemExit(70)", 5),
+        ("pass", 0),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143),
+    ],
+)
+def test_what_would_only_fail_again_is_not_tried_again(tmp_path, code, ours):
+    done, waits = retried(tmp_path, code, 3)
+    assert (done.exit_code, waits) == (ours, [])
+    assert len(list(tmp_path.glob("runs/*/job.json"))) == 1
+
+
+def test_a_retry_runs_the_job_as_it_was_first_read(tmp_path):
+    edits = f"import pathlib\npathlib.Path({str(tmp_path / 'job.yaml')!r}).write_text('x: 1')\n"
+    done, _ = retried(
+        tmp_path, edits + FAILS_UNTIL.format(times=2, says=PASSING), 1, "--set=seed=5"
+    )
+    assert done.exit_code == 0, done.output
+    assert [json.loads(p.read_text())["seed"] for p in tmp_path.glob("runs/*/job.json")] == [5, 5]
+
+
 @pytest.mark.parametrize("name", ["show", "logs", "cancel"])
 def test_help_tells_what_a_run_may_be_called(name):
     shown = " ".join(CliRunner().invoke(main, [name, "--help"]).stdout.split())
