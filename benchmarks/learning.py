@@ -1,15 +1,17 @@
 """A learning curve of SmolLM2-135M on the arithmetic problems, as PNG and as numbers.
 
-    python benchmarks/learning.py --steps 100 --png learning.png
+    python benchmarks/learning.py --steps 60 --png learning.png
+    python benchmarks/learning.py --run runs/learning-20261123-120000
 
-Trains with layer_major on the CPU, or reads a run that is there (--run DIR), and draws the mean
-reward of each step with its mean over ten.
+Trains with layer_major on the CPU in a folder of its own, or reads a run that is there (--run DIR),
+and draws the mean reward of each step with its mean over ten.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,12 +28,13 @@ def train(run_dir: Path, steps: int) -> None:
     """Run the smoke job for so many steps, with more completions and a learning rate to match."""
     overrides = [
         f"steps={steps}",
-        "rollout.prompts_per_step=4",
+        "rollout.prompts_per_step=2",
         "rollout.group_size=8",
+        "rollout.max_prompt_tokens=224",
         "rollout.max_completion_tokens=48",
         "train.micro_batch_size=16",
         "train.optimizer=adamw",
-        "train.learning_rate=1e-5",
+        "train.learning_rate=2e-5",
         "metrics.samples_per_step=1",
     ]
     job = load(Path(__file__).parents[1] / "jobs" / "smoke.yaml", overrides=overrides)
@@ -46,13 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--run", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--run", type=Path, help="read this run instead of training")
     parser.add_argument("--png", type=Path, default=Path("learning.png"))
     asked = parser.parse_args()
-    if not (asked.run / STEPS_FILE).exists():
-        train(asked.run, asked.steps)
-    lines = (asked.run / STEPS_FILE).read_text().splitlines()
+    run = asked.run
+    if run is None:
+        run = Path("runs") / f"learning-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+        train(run, asked.steps)
+    lines = (run / STEPS_FILE).read_text().splitlines()
     rewards = np.array([json.loads(line)["reward_mean"] for line in lines])
     window = min(10, len(rewards))
     smooth = np.convolve(rewards, np.ones(window) / window, mode="valid")

@@ -5,7 +5,7 @@ all parameters. The first step compiles and is left out. With --trl, TRL (torch)
 on the same prompts in the same run, and the ratio is printed; compare within one run only.
 
     python benchmarks/step.py
-    python benchmarks/step.py --designs layer_major,reference --json
+    python benchmarks/step.py --designs layer_major reference --json
     python benchmarks/step.py --trl /path/of/a/venv/with/trl/bin/python
 """
 
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from jobs.records import STEPS_FILE
@@ -28,7 +29,7 @@ PROMPTS, GROUP, SHORTEST, LONGEST, COMPLETION = 4, 4, 241, 256, 64
 GIB = 2**30
 
 
-def questions(count: int, count_tokens: object) -> list[dict[str, str]]:
+def questions(count: int, count_tokens: Callable[[str], int]) -> list[dict[str, str]]:
     """Rows whose rendered prompt has SHORTEST to LONGEST tokens: worked problems, then one more."""
     source = iter(arithmetic_rows(seed=0, split="train", count=100 * count))
     rows: list[dict[str, str]] = []
@@ -123,7 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--designs", default="layer_major", help="layer_major,reference")
+    parser.add_argument(
+        "--designs", nargs="+", default=["layer_major"], choices=["layer_major", "reference"]
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one of warm-up")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with trl")
     parser.add_argument("--json", action="store_true")
@@ -136,7 +139,7 @@ def main() -> None:
         rows = folder / "rows.jsonl"
         made = questions(PROMPTS * (asked.steps + 1), count)
         rows.write_text("\n".join(json.dumps(row) for row in made))
-        for design in asked.designs.split(","):
+        for design in asked.designs:
             print(f"measuring {design} ...", file=sys.stderr)
             found.append(measure_ours(design, rows, folder, asked.steps))
         if asked.trl:

@@ -105,7 +105,10 @@ def _limit(detail: ErrorDetails, default: str) -> str:
 
 def _near(detail: ErrorDetails) -> str:
     words = str(detail.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ")
-    near: list[str] = get_close_matches(str(detail["input"]), words.split(", "), n=1)
+    asked = str(detail["input"])
+    near: list[str] = get_close_matches(asked, words.split(", "))
+    # Two letters swapped are likelier than one that is wrong: gpro is grpo, not gspo.
+    near.sort(key=lambda word: sorted(word) != sorted(asked))
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -142,10 +142,14 @@ class RunDir:
             return None
         return cast("dict[str, Any]", record) if isinstance(record, dict) else None
 
-    def logged_refusal(self) -> bool:
-        """Whether the log has a line in which the trainer refuses: `Error: ...`."""
+    def refusals(self) -> list[tuple[int, str]]:
+        """The lines in which the trainer refuses, `Error: ...`, with their numbers, from 1."""
         with self.log_file.open("rb") as log:
-            return any(line.startswith(b"Error: ") for line in log)
+            return [
+                (number, line.decode(errors="replace").rstrip())
+                for number, line in enumerate(log, start=1)
+                if line.startswith(b"Error: ")
+            ]
 
     def ask_to_stop(self, signal_name: str) -> None:
         """Leave word that the job is to stop, so that whoever finishes the run knows why it did."""

@@ -272,7 +272,7 @@ def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
     """
     from runner.show import print_log
 
-    found, _ = _settled(runs, name)
+    found, _ = _with_log(runs, name)
     print_log(
         found.log_file,
         _raw("stdout"),
@@ -331,7 +331,7 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
     # A file may be a pipe: `diagnose <(kubectl logs ...)`.
     if log != "-" and (Path(log).is_dir() or not Path(log).exists()):
         try:
-            found, manifest = _settled(runs, log)
+            found, manifest = _with_log(runs, log)
         except Refused as error:
             raise Refused(f"{log!r} is neither a file nor a run: {error}") from error
         if not follow:
@@ -363,6 +363,14 @@ def _load(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
         return load(path, overrides=overrides, environment=here() if from_env else None)
     except JobError as error:
         raise Refused(str(error)) from error
+
+
+def _with_log(runs: Path, name: str) -> tuple["RunDir", "Manifest"]:
+    """As `_settled`, of a run whose log is there."""
+    found, manifest = _settled(runs, name)
+    if not found.log_file.is_file():
+        raise Refused(f"{found.path} has no {found.log_file.name}: was it copied whole?")
+    return found, manifest
 
 
 def _settled(runs: Path, name: str) -> "tuple[RunDir, Manifest]":
@@ -402,16 +410,20 @@ def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     from runner import show as shown
 
     diagnosis = conclude.diagnosis_of(made)
-    if as_json:
-        _print_json(shown.as_data(made, manifest))
-    else:
-        if diagnosis is not None:
-            _print_diagnosis(diagnosis, as_json=False)
-        click.echo(f"run directory: {made.path}")
     stop = made.read_json(made.stop_file)
-    return ending.runner_code(
+    code = ending.runner_code(
         manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
     )
+    try:
+        if as_json:
+            _print_json(shown.as_data(made, manifest))
+        else:
+            if diagnosis is not None:
+                _print_diagnosis(diagnosis, as_json=False)
+            click.echo(f"run directory: {made.path}")
+    except OSError:  # nobody reads any more, or where they read is full: the job ended as it did
+        sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue] - nor flush at the end
+    return code
 
 
 def _print_diagnosis(diagnosis: "Diagnosis", *, as_json: bool) -> None:

@@ -20,11 +20,25 @@ def conclude(run: RunDir, status: ExitStatus) -> Manifest:
 def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
     """The named cause of a run's log, told with the run's own job."""
     with run.log_file.open("rb") as log:
-        return diagnose(
+        found = diagnose(
             log,
             exit_status=manifest.exit_status,
             job=run.read_json(run.job_file),
         )
+    refused = manifest.exit_status is not None and manifest.exit_status.reason == "refused"
+    if found.cause != "unknown" or not (refused and (said := run.refusals())):
+        return found
+    return found.model_copy(
+        update={
+            "cause": "config_error",
+            "confidence": "certain",
+            "explanation": "The trainer refused the job, and says why.",
+            "root_line": said[0][1],
+            "line": said[0][0],
+            "evidence": [number for number, _ in said[1:]],
+            "advice": ["Each such line says what was found and what to change."],
+        }
+    )
 
 
 def diagnosis_of(run: RunDir) -> Diagnosis | None:

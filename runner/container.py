@@ -191,7 +191,9 @@ def linked_folders(folder: Path) -> dict[Path, Path]:
                 continue
             inside = Path(os.path.normpath(link.parent / link.readlink()))
             real = link.resolve()
-            if inside.name == real.name and real.is_file() and len(real.parents) > 1:
+            # The hub's blobs, all at once; of any other folder only the file that is named: the
+            # rest of it is none of the job's business.
+            if inside.parent.name == real.parent.name == "blobs" and inside.name == real.name:
                 inside, real = inside.parent, real.parent
             found[inside] = real
     return found
@@ -393,5 +395,5 @@ def state_status(run: RunDir, state: dict[str, Any] | None) -> ExitStatus:
         state["ExitCode"],
         oom_killed=state["OOMKilled"],
         stopped=run.stop_file.exists(),
-        refusal=state["ExitCode"] == ending.REFUSED and run.logged_refusal(),
+        refusal=state["ExitCode"] == ending.REFUSED and bool(run.refusals()),
     )

@@ -31,7 +31,7 @@ class ProcessTask:
                 return ending.of_process(
                     record["returncode"],
                     stopped=self._run.stop_file.exists(),
-                    refusal=record["returncode"] == ending.REFUSED and self._run.logged_refusal(),
+                    refusal=record["returncode"] == ending.REFUSED and bool(self._run.refusals()),
                 )
             # Alive, or gone between our two looks: then the record is there by now.
             if not last_look and (self._lives("supervisor_pid") or self._lives("pid")):

@@ -21,6 +21,7 @@ from runner.watch import Sink
 
 # What the trainer prints when a step is done (design.md, the SOP's line).
 _STEP = b"step="
+_STEPS = "steps"
 
 
 class ProgressLog:
@@ -30,7 +31,7 @@ class ProgressLog:
         self._console = console
         self._line = b""
         self._progress = Progress(
-            TextColumn("steps"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -41,7 +42,7 @@ class ProgressLog:
             # What is said on stderr is shown above the bar; in a file it stays in the file.
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task("steps", total=steps)
+        self._task = self._progress.add_task(_STEPS, total=steps)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -59,16 +60,26 @@ class ProgressLog:
         *lines, self._line = (self._line + bytes(data)).split(b"\n")
         for line in lines:
             self._show(line)
+        # Bars of libraries rewrite their line: what it says now stands before our bar.
+        self._progress.update(self._task, description=_last_rewrite(self._line) or _STEPS)
         return memoryview(data).nbytes
 
     def flush(self) -> None:
         """Nothing is held back but the beginning of a line."""
 
     def _show(self, line: bytes) -> None:
-        text = Text.from_ansi(line.decode(errors="replace"))
+        text = Text.from_ansi(
+            _last_rewrite(line) if b"\r" in line else line.decode(errors="replace")
+        )
         self._progress.console.print(text, soft_wrap=True)
         if line.startswith(_STEP):
             self._progress.advance(self._task)
+
+
+def _last_rewrite(line: bytes) -> str:
+    """What a terminal shows of a line that begins anew at carriage returns; "" of any other."""
+    parts = [part for part in line.split(b"\r") if part.strip()]
+    return parts[-1].decode(errors="replace") if b"\r" in line and parts else ""
 
 
 @contextmanager

@@ -98,8 +98,9 @@ def print_run(data: dict[str, Any], console: Console) -> None:
     for e in _valid(EvalRecord, data["evaluations"], console):
         console.print(
             Text(
-                f"evaluation after step {e.eval_step}: pass@1 {e.pass_at_1:.3f}, "
-                f"pass@{e.group_size} {e.pass_at_k:.3f} of {e.prompts} prompts"
+                f"evaluation after step {e.eval_step}: pass@1 {e.pass_at_1:.3f}"
+                + (f", pass@{e.group_size} {e.pass_at_k:.3f}" if e.group_size > 1 else "")
+                + f" of {e.prompts} prompts"
             )
         )
     for f in _valid(Failure, [data["failure"]] if data["failure"] else [], console):
@@ -107,7 +108,10 @@ def print_run(data: dict[str, Any], console: Console) -> None:
     for d in _valid(Diagnosis, [data["diagnosis"]] if data["diagnosis"] else [], console):
         console.print(Text(format_diagnosis(d)))
     console.print(Text("last lines of the log (all of it: headroom logs):", style="dim"))
-    last = tail(Path(data["path"]) / LOG_FILE, _TAIL_LINES).decode(errors="replace")
+    try:
+        last = tail(Path(data["path"]) / LOG_FILE, _TAIL_LINES).decode(errors="replace")
+    except OSError as error:
+        last = f"cannot be read: {error}"
     console.print(Text.from_ansi(last))
 
 
@@ -163,7 +167,10 @@ def print_list(manifests: Iterable[Manifest], console: Console) -> None:
 def _when(iso: str | None) -> str:
     if iso is None:
         return "-"
-    return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        return datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except ValueError:  # another version's, or a broken one
+        return iso
 
 
 def tail(path: Path, lines: int) -> bytes:

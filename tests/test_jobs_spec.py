@@ -287,3 +287,10 @@ def test_no_tree_whatever_ends_in_a_traceback(tmp_path_factory, tree, override, 
     except spec.JobError as error:
         refusal = error
     assert refusal is None or all(str(p).strip() for p in refusal.problems)
+
+
+def test_letters_that_are_swapped_are_put_right_first(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("name: x\naccelerator: cpu\nmodel: tiny\ntrain: {loss: gpro}\n")
+    with pytest.raises(spec.JobError, match="did you mean 'grpo'"):
+        spec.load(path)

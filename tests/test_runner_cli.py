@@ -465,6 +465,40 @@ def test_a_retry_runs_the_job_as_it_was_first_read(tmp_path):
     assert [json.loads(p.read_text())["seed"] for p in tmp_path.glob("runs/*/job.json")] == [5, 5]
 
 
+def test_a_refused_run_is_explained_by_the_trainers_own_lines(tmp_path):
+    refuses = "print('up')\nprint('Error: a = 1 is odd')\nprint('Error: b')\nraise SystemExit(1)"
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=refuses)
+    found = json.loads(call(tmp_path, "diagnose", "latest", "--json").stdout)
+    assert (found["cause"], found["root_line"], found["line"]) == (
+        "config_error", "Error: a = 1 is odd", 2,
+    )  # fmt: skip
+    assert found["evidence"] == [3]
+
+
+def test_a_run_without_its_log_is_shown_and_the_log_said_to_be_missing(tmp_path):
+    call(tmp_path, "run", write_job(tmp_path), "--where", "process")
+    (log,) = tmp_path.glob("runs/*/run.log")
+    log.unlink()
+    assert call(tmp_path, "show", "latest").exit_code == 0
+    for command in ("logs", "diagnose"):
+        done = call(tmp_path, command, "latest")
+        assert done.exit_code == 1
+        assert "has no run.log" in done.stderr
+        assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("into", ["/dev/full", "a pipe that nobody reads"])
+def test_a_run_ends_as_it_ended_whoever_reads_of_it(tmp_path, into):
+    argv = headroom("print('x' * 100)", "run", write_job(tmp_path), "--where", "process")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(into if into == "/dev/full" else writes, "w") as out:  # noqa: PTH123
+        done = subprocess.run(argv, cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert manifest_in(tmp_path).exit_status.reason == "done"
+
+
 @pytest.mark.parametrize("name", ["show", "logs", "cancel"])
 def test_help_tells_what_a_run_may_be_called(name):
     shown = " ".join(CliRunner().invoke(main, [name, "--help"]).stdout.split())

@@ -148,6 +148,18 @@ def test_a_hugging_face_snapshot_is_given_with_the_blobs_its_links_lead_to(
     assert mounts(job) == [(str(model), str(model), True), (str(blobs), str(inside), True)]
 
 
+def test_of_a_folder_that_a_link_leads_into_only_the_file_is_given(tmp_path):
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    model.mkdir()
+    elsewhere.mkdir()
+    weights = elsewhere / "model.safetensors"
+    weights.write_text("")
+    (elsewhere / "secret").write_text("")
+    (model / "model.safetensors").symlink_to(weights)
+    job = load(write_job(tmp_path), overrides=[f"model={model}"])
+    assert mounts(job) == [(str(model), str(model), True), (str(weights), str(weights), True)]
+
+
 def test_what_lies_in_a_mounted_folder_already_is_not_mounted_again(tmp_path):
     cache = tmp_path / "cache"
     snapshot, blobs = cache / "huggingface/hub/m/snapshots/0", cache / "huggingface/hub/m/blobs"

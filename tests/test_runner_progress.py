@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import subprocess
+import time
 
 import pytest
 from fakes import headroom, write_job
@@ -73,6 +74,19 @@ def test_a_line_is_shown_whole_wherever_it_was_cut(cut):
         assert out.write(data[cut:]) == len(data) - cut
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
     assert [line for line in plain if line in ("é", "step=0 x", "end")] == ["é", "step=0 x", "end"]
+
+
+def test_what_a_librarys_bar_says_stands_before_ours_until_its_line_ends():
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=60, color_system=None)
+    with log_stream(io.BytesIO(), terminal, steps=1) as out:
+        out.write(b"up\n\rloading 10%\rloading 55%")
+        out.flush()
+        time.sleep(0.3)  # rich draws ten times a second
+        assert "loading 55%" in file.getvalue()
+        out.write(b"\rloading 100%\n")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    assert "loading 100%" in shown
 
 
 def test_an_evaluation_has_no_steps_to_count():

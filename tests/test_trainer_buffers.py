@@ -244,6 +244,18 @@ def test_the_sops_update_takes_what_its_own_log_says():
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "total_gib"),
+    [("global", 18.354), ("host", 8.677), ("14b_int8", 24.787), ("per_layer", 14.857)],
+)
+def test_other_layouts_of_the_update_take_what_they_took(name, total_gib):
+    row, returncode = hbm_row(name)
+    assert row["failure"] is None
+    assert row["total_gib"] == pytest.approx(total_gib, rel=0.01)
+    assert returncode == 0
+
+
+@pytest.mark.aot
 def test_the_update_of_7b_on_v4_8_takes_what_it_took():
     row, returncode = hbm_row("7b")
     assert row["failure"] is None

@@ -151,18 +151,19 @@ def test_a_loss_that_is_not_finite_ends_in_a_traceback_and_a_record_of_where(tmp
     assert (tmp_path / "steps.jsonl").read_text() == ""
 
 
-def test_a_library_that_ends_the_program_is_written_down_and_its_code_kept(tmp_path):
+@pytest.mark.parametrize("asked", [0, 7])
+def test_a_library_that_ends_the_program_has_failed_whatever_it_says(tmp_path, asked):
     code = (
         "import sys\n"
         "from trainer import train\n"
         "from trainer.__main__ import main\n"
-        "train.train = lambda *_: sys.exit(7)\n"
+        f"train.train = lambda *_: sys.exit({asked})\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     argv = [sys.executable, "-c", code, "train", write(tmp_path)]
     done = subprocess.run(argv, cwd=REPOSITORY, env=environment(), timeout=100, check=False)
-    assert done.returncode == 7
-    assert (failure(tmp_path).kind, failure(tmp_path).message) == ("SystemExit", "7")
+    assert done.returncode == 70
+    assert (failure(tmp_path).kind, failure(tmp_path).message) == ("SystemExit", str(asked))
 
 
 def test_a_termination_ends_a_run_with_its_code_as_soon_as_python_runs(tmp_path):

@@ -13,18 +13,22 @@ from jobs.records import STEPS_FILE, EvalRecord, StepRecord
 from trainer.data import prompts_of_step
 from trainer.refusal import Refusal
 from trainer.reward import last_number
+from trainer.rollout import Completions
 from trainer.train import (
     EngineError,
     Phases,
     PlatformError,
+    Rolled,
     check_platform,
     evaluate_only,
+    learn,
     make_rollout,
     open_session,
     read_prompts,
     read_weights,
     train,
 )
+from trainer.update.program import Learned, Update
 
 # What differs between two runs of the same thing.
 GROUP, TOKENS = 4, 24
@@ -297,3 +301,44 @@ def test_an_engine_that_is_not_built_is_refused():
     asked = job(rollout={"engine": "sglang_jax"})
     with pytest.raises(EngineError, match=r"rollout\.engine=naive"):
         make_rollout(asked, None, None)
+
+
+def test_an_engine_that_computes_otherwise_is_corrected_for_and_the_mismatch_told(tmp_path):
+    session = open_session(job(train={"rollout_correction": 1.5}), Phases(tmp_path))
+    sequences = 2 * GROUP
+    random = np.random.default_rng(0)
+    engine = random.normal(-2, 1, (sequences, TOKENS)).astype(np.float32)
+    trainer = engine + random.normal(0, 0.5, engine.shape).astype(np.float32)
+    lengths = random.integers(1, TOKENS + 1, sequences).astype(np.int32)
+    rolled = Rolled(
+        prompts=read_prompts(session, "train")[:1] * sequences,
+        completions=Completions(
+            tokens=np.ones((sequences, TOKENS), np.int32),
+            lengths=lengths,
+            logprobs=engine,
+            truncated=np.zeros(sequences, bool),
+        ),
+        texts=[""] * sequences,
+        scores={},
+        rewards=np.arange(sequences, dtype=np.float32),
+    )
+    seen = []
+
+    def step(state, batch):
+        seen.append(batch)
+        zero = dict.fromkeys(("entropy", "clipped_fraction", "kl", "grad_norm", "learning_rate"), 0)
+        return state, Learned(loss=0.0, **zero)
+
+    unused = lambda *_: pytest.fail("not asked for")
+    update = Update(
+        init=unused, params=lambda s: s, step=step, logprobs=lambda *_: trainer, lower=unused
+    )
+    learn(update, "state", session, rolled, None)
+    mask = np.arange(TOKENS) < lengths[:, None]
+    [batch] = seen
+    np.testing.assert_array_equal(batch.completion_mask, mask)
+    np.testing.assert_allclose(batch.old_logprobs, np.where(mask, trainer, 0))
+    plain = 1 / (lengths[:, None] * sequences)  # GRPO: each completion's mean, their mean
+    ratio = np.minimum(np.exp(trainer.astype(np.float64) - engine), 1.5)
+    np.testing.assert_allclose(batch.weights, np.where(mask, plain * ratio, 0), rtol=1e-5)
+    assert session.mismatch == pytest.approx(np.abs(trainer - engine)[mask].mean(), rel=1e-5)

@@ -101,7 +101,10 @@ def main(argv: list[str]) -> int:
         run(argv[0], load(path), path.parent)
     except (JobError, Refusal) as error:
         return _refuse(str(error))
-    except Exception:  # noqa: BLE001 - `run` has written it down
+    except Stopped:
+        raise
+    # `run` has written it down; a library's exit(0) is no success.
+    except (Exception, SystemExit):  # noqa: BLE001
         traceback.print_exc()
         return FAILED
     return 0

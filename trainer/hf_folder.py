@@ -264,7 +264,7 @@ def _write_shards(
     """Shards are numbered when their count is known: written under a number, renamed after."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
-    total = 0
+    total = in_shard = 0
 
     def flush() -> None:
         save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
@@ -272,9 +272,11 @@ def _write_shards(
         held.clear()
 
     for name, value in tensors:
-        if held and sum(v.nbytes for v in held.values()) + value.nbytes > shard_bytes:
+        if held and in_shard + value.nbytes > shard_bytes:
             flush()
+            in_shard = 0
         held[name] = value
+        in_shard += value.nbytes
         total += value.nbytes
     flush()
     if len(shards) == 1:

@@ -97,9 +97,11 @@ class Metrics:
 def line(record: StepRecord | EvalRecord) -> str:
     """The record as one line of the log; a step's begins as the SOP's readers expect."""
     if isinstance(record, EvalRecord):
+        several = record.group_size > 1
+        at_k = f"pass@{record.group_size}={record.pass_at_k:.4f} " if several else ""
         return (
             f"evaluation after_steps={record.eval_step} prompts={record.prompts} "
-            f"pass@1={record.pass_at_1:.4f} pass@{record.group_size}={record.pass_at_k:.4f} "
+            f"pass@1={record.pass_at_1:.4f} {at_k}"
             f"reward_mean={record.reward_mean:.4f} dt={record.dt_s:.2f}s"
         )
     phases = " ".join(f"{name}={value:.2f}s" for name, value in record.seconds.items())

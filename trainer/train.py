@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jobs.records import EvalRecord, StepRecord
 from jobs.spec import Job
 from trainer import hbm, reward
-from trainer.architecture import ModelError
+from trainer.architecture import ModelError, Path
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
 from trainer.grpo import LOSSES, truncated_importance
@@ -48,7 +48,7 @@ class LossError(FloatingPointError):
 class Phases:
     """Where a step's time goes, and which phase is under way."""
 
-    run_dir: Path
+    run_dir: FilePath
     step: int = -1
     phase: str = "load"
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,10 +106,12 @@ def open_session(job: Job, phases: Phases) -> Session:
     return Session(job=job, phases=phases, model=model, mesh=mesh, rollout=rollout)
 
 
-def read_weights(session: Session) -> dict[str, Any]:
-    """The model's parameters, f32, on the host."""
+def read_weights(
+    session: Session, place: Callable[[Path, np.ndarray], Any] = lambda _, leaf: leaf
+) -> dict[str, Any]:
+    """The model's parameters, f32, each leaf as `place` makes it; without it, on the host."""
     with session.phases("load"):
-        params = load_params(session.model, lambda _, leaf: leaf)
+        params = load_params(session.model, place)
     log.info("load=%.2fs", session.phases.seconds["load"])
     return params
 
@@ -138,7 +140,7 @@ def make_rollout(job: Job, model: Model, mesh: Any) -> Rollout:
     return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
 
 
-def train(job: Job, run_dir: Path, phases: Phases) -> None:
+def train(job: Job, run_dir: FilePath, phases: Phases) -> None:
     """Run the job: `steps` rollouts with all their learning.
 
     Raises:
@@ -161,7 +163,7 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
             rolled = _roll(session, prompts_of_step(job, prompts, step), step)
             session.rollout.sleep()
             with phases("update"):
-                state, learned = _learn(update, state, session, rolled, reference)
+                state, learned = learn(update, state, session, rolled, reference)
             with phases("hand_over"):
                 session.rollout.hand_over(update.params(state))
             record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
@@ -171,13 +173,15 @@ def train(job: Job, run_dir: Path, phases: Phases) -> None:
                 metrics.write(_evaluate(session, tests, after_steps=step + 1), step)
 
 
-def evaluate_only(job: Job, run_dir: Path, phases: Phases) -> None:
+def evaluate_only(job: Job, run_dir: FilePath, phases: Phases) -> None:
     """Evaluate the job's model as it is, without training."""
     session = open_session(job, phases)
     tests = read_prompts(session, "test")
     with Metrics(job, run_dir) as metrics:
         shardings = state_shardings(session.mesh, session.model.architecture)
-        session.rollout.hand_over(jax.device_put(read_weights(session), shardings))
+        at = lambda path: shardings[path[0]] if len(path) == 1 else shardings[path[0]][path[1]]
+        place = lambda path, leaf: jax.device_put(leaf, at(path))
+        session.rollout.hand_over(read_weights(session, place))
         metrics.write(_evaluate(session, tests, after_steps=0), 0)
 
 
@@ -277,7 +281,7 @@ def _batch(session: Session, rolled: Rolled) -> Batch:
     )
 
 
-def _learn(
+def learn(
     update: Update, state: Any, session: Session, rolled: Rolled, reference: Any
 ) -> tuple[Any, list[Learned]]:
     """All updates of one rollout."""

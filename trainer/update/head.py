@@ -55,7 +55,6 @@ class HeadPass(NamedTuple):
     Attributes:
         loss: f32[], of all devices' tokens.
         sums: f32[] each over all devices' completion tokens: entropy, clipped, kl, tokens.
-        logprobs: f32[rows, token] of this device's tokens.
         dx: [rows, seq, embed], gradient of the last layer's output.
         head: f32[vocab / devices, embed], gradient of this device's share of the head.
         norm: f32[embed], gradient of the final norm, of this device's tokens.
@@ -63,7 +62,6 @@ class HeadPass(NamedTuple):
 
     loss: jax.Array
     sums: dict[str, jax.Array]
-    logprobs: jax.Array
     dx: jax.Array
     head: jax.Array
     norm: jax.Array
@@ -173,7 +171,7 @@ def head_pass(
     predictors, back_to_x = jax.vjp(lambda x: _predictors(x, rows), x)
     chunks, tokens = _chunks(predictors, rows, job)
 
-    def one(carry: Any, chunk: _Chunk) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(carry: Any, chunk: _Chunk) -> tuple[Any, jax.Array]:
         loss, sums, d_head, d_norm = carry
         normed, back = jax.vjp(lambda x, w: rms_norm(x, w, a.norm_eps), chunk.x, norm)
         everybodys = jax.tree.map(_gather, chunk._replace(x=normed))
@@ -205,9 +203,7 @@ def head_pass(
             "tokens": jnp.ones_like(scores.entropy),
         }
         sums = {name: sums[name] + jnp.sum(by_token[name] * everybodys.mask) for name in sums}
-        size = chunk.targets.shape[0]
-        own = jax.lax.dynamic_slice_in_dim(scores.logprobs, jax.lax.axis_index(FSDP) * size, size)
-        return (loss + value, sums, d_head, d_norm + of_norm), (dx, own)
+        return (loss + value, sums, d_head, d_norm + of_norm), dx
 
     zero = jnp.float32(0)
     start = (
@@ -216,12 +212,11 @@ def head_pass(
         jnp.zeros(head.shape, jnp.float32),
         jnp.zeros(norm.shape, jnp.float32),
     )
-    (loss, sums, d_head, d_norm), (dx, own) = jax.lax.scan(one, start, chunks)
+    (loss, sums, d_head, d_norm), dx = jax.lax.scan(one, start, chunks)
     d_predictors = dx.reshape(-1, x.shape[-1])[:tokens].reshape(predictors.shape)
     return HeadPass(
         loss=loss,
         sums=sums,
-        logprobs=own.reshape(-1)[:tokens].reshape(rows.targets.shape),
         dx=back_to_x(d_predictors)[0],
         head=d_head,
         norm=d_norm,

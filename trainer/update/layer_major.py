@@ -62,7 +62,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     )
 
     @cache
-    def forward(params_specs: Any) -> Any:
+    def reader(params_specs: Any) -> Any:
         specs = jax.tree.unflatten(*params_specs)
         return jax.jit(
             share(partial(logprobs, program), in_specs=(specs, by_row), out_specs=by_row)
@@ -77,7 +77,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
 
     def logprobs_of(params: Any, batch: Batch) -> np.ndarray:
         leaves, tree = jax.tree.flatten(params)
-        run = forward((tree, tuple(leaf.sharding.spec for leaf in leaves)))
+        run = reader((tree, tuple(leaf.sharding.spec for leaf in leaves)))
         found = run(params, place(to_rows(batch, job)))
         return np.asarray(found).reshape(np.shape(batch.completion_mask))
 

@@ -119,7 +119,8 @@ def _rounded(moment: jax.Array, *, count: Any, salt: int) -> Quantized:
     """To int8, rounded up or down at random so that the mean is right.
 
     Rounded to nearest, what changes by less than half a step would never change at all: a moment
-    that decays by 1 % an update could not decay. The noise is a hash of place and count.
+    that decays by 1 % an update could not decay. The noise is a hash of count and of the place in
+    this array: which moments are rounded up depends on how the state is shared out and laid.
     """
     scales = jnp.max(jnp.abs(moment), axis=-1, keepdims=True) / 127
     steps = moment / jnp.where(scales > 0, scales, 1.0)

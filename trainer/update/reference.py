@@ -76,12 +76,21 @@ def _without_first_axis(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _placed(params: Any, shardings: Any) -> Any:
-    """Parameters from the host, layers stacked, as and where the state has them."""
-    if isinstance(shardings["layers"], list):
-        stacked = params["layers"]
-        layer = lambda i: {name: leaf[i] for name, leaf in stacked.items()}
-        params = {**params, "layers": [layer(i) for i in range(len(shardings["layers"]))]}
-    return jax.device_put(params, shardings)
+    """Parameters from the host, layers stacked, as and where the state has them.
+
+    A leaf at a time, each let go as soon as it is placed.
+    """
+    at, stacked = shardings["layers"], params.pop("layers")
+    layers: Any = [{} for _ in at] if isinstance(at, list) else {}
+    for name in list(stacked):
+        leaf = stacked.pop(name)
+        if isinstance(at, list):
+            for i, where in enumerate(at):
+                layers[i][name] = jax.device_put(leaf[i], where[name])
+        else:
+            layers[name] = jax.device_put(leaf, at[name])
+    rest = {name: jax.device_put(params.pop(name), shardings[name]) for name in list(params)}
+    return {**rest, "layers": layers}
 
 
 def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
