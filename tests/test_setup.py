@@ -296,6 +296,7 @@ def test_the_image_is_built_of_the_stage_base_commit_and_lock_it_is_labelled_wit
     assert buildkit == "1"
     after = dict(itertools.pairwise(argv))
     assert (after["--target"], after["--tag"], argv[-1]) == ("tpu", "t:1", ".")
-    lock = hashlib.sha256((REPOSITORY / "docker" / "trainer.txt").read_bytes()).hexdigest()
+    locks = [REPOSITORY / "docker" / name for name in ("trainer.txt", "tpu.txt")]
+    lock = hashlib.sha256(b"".join(path.read_bytes() for path in locks)).hexdigest()
     assert {"BASE=mirror/py:3.12", f"LOCK={lock}"} <= set(argv)
     assert [word for word in argv if re.fullmatch(r"COMMIT=([0-9a-f]{40}(-dirty)?|unknown)", word)]
