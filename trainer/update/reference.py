@@ -154,6 +154,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return jitted.lower(abstract, part, last=last)
 
     return Update(
+        abstract=abstract,
         init=lambda params: jitted_init(place(params)),
         params=lambda s: s.params,
         step=step,
