@@ -30,16 +30,9 @@ LEAF_AXES: dict[str, tuple[str, ...]] = {
 }
 
 # The mesh axes over which a logical axis is shared out: in the reference's state, in the sampler.
-OVER_MESH: dict[str, str] = {
-    "vocab": "tp",
-    "heads": "tp",
-    "kv_heads": "tp",
-    "mlp": "tp",
-    "embed": "fsdp",
-}
-OVER_SAMPLER: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("vocab", "heads", "kv_heads", "mlp"), MESH_AXES
-)
+_SIDES = ("vocab", "heads", "kv_heads", "mlp")
+OVER_MESH: dict[str, str] = {**dict.fromkeys(_SIDES, "tp"), "embed": "fsdp"}
+OVER_SAMPLER: dict[str, tuple[str, ...]] = dict.fromkeys(_SIDES, MESH_AXES)
 
 
 def shared_axis(name: str) -> int | None:

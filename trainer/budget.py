@@ -6,7 +6,7 @@ which JAX lists one device. What a program reserves besides is the compiler's to
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,15 +51,9 @@ def state_bytes(job: Job, architecture: Architecture) -> StateBytes:
 
 
 def _reference_state(job: Job, architecture: Architecture) -> StateBytes:
-    sizes = dict(zip(MESH_AXES, job.mesh_shape, strict=True))
     parameters = largest = 0
     for path, shape, count in _leaves(job, architecture):
-        axes = LEAF_AXES[path[-1]][len(LEAF_AXES[path[-1]]) - len(shape) :]
-        shared = tuple(
-            n // sizes[OVER_MESH[axis]] if axis in OVER_MESH else n
-            for axis, n in zip(axes, shape, strict=True)
-        )
-        one = tiled_bytes(shared, 4)
+        one = tiled_bytes(_mesh_share(job, path[-1], shape), 4)
         parameters += one * count
         largest = max(largest, one)
     moments = 1 if job.train.optimizer == "lion" else 2
@@ -115,6 +109,16 @@ def _shared(name: str, shape: Shape) -> int | None:
     return axis + len(shape) - len([a for a in LEAF_AXES[name] if a != "layers"])
 
 
+def _mesh_share(job: Job, name: str, shape: Shape) -> Shape:
+    """A chip's share of an array of the reference's state."""
+    sizes: dict[str, int] = dict(zip(MESH_AXES, job.mesh_shape, strict=True))
+    axes = LEAF_AXES[name][len(LEAF_AXES[name]) - len(shape) :]
+    return tuple(
+        n // sizes[OVER_MESH[axis]] if axis in OVER_MESH else n
+        for axis, n in zip(axes, shape, strict=True)
+    )
+
+
 def _share(shape: Shape, axis: int | None, devices: int) -> Shape:
     return tuple(n // devices if i == axis else n for i, n in enumerate(shape))
 
@@ -143,19 +147,14 @@ def reference_policy_bytes(job: Job, architecture: Architecture) -> int:
     """The frozen copy for the KL term: matrices in the compute dtype, norms in f32; 0 without."""
     if not job.train.beta:
         return 0
-    sizes = dict(zip(MESH_AXES, job.mesh_shape, strict=True))
     total = 0
     for path, shape, count in _leaves(job, architecture):
         name = path[-1]
-        axes = LEAF_AXES[name][len(LEAF_AXES[name]) - len(shape) :]
-        itemsize = 4 if axes[-1] == "norm" else _ITEMSIZE[job.update.update_dtype]
+        itemsize = 4 if LEAF_AXES[name][-1] == "norm" else _ITEMSIZE[job.update.update_dtype]
         if job.update.design == "layer_major":
             part = _share(shape, _shared(name, shape), job.target.devices)
         else:
-            part = tuple(
-                n // sizes[OVER_MESH[axis]] if axis in OVER_MESH else n
-                for axis, n in zip(axes, shape, strict=True)
-            )
+            part = _mesh_share(job, name, shape)
         total += tiled_bytes(part, itemsize) * count
     return total
 
@@ -268,8 +267,3 @@ def kv_pool(job: Job, architecture: Architecture, *, free_bytes: int, weight_byt
     tokens = tokens // page * page
     size = (tokens + page) * token if tokens else 0
     return Pool(tokens=tokens, size_bytes=size, fraction=fraction, least_fraction=least)
-
-
-def total(owners: Iterable[int]) -> int:
-    """All owners of a phase together."""
-    return sum(owners)

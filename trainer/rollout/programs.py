@@ -1,4 +1,4 @@
-"""The naive sampler's programs for a job's shapes, lowered and not run: to compile ahead of time."""
+"""The naive sampler's programs for a job's shapes, lowered and not run."""
 
 from typing import Any
 
