@@ -61,7 +61,7 @@ def _reference_state(job: Job, architecture: Architecture) -> StateBytes:
     owners = {
         "parameters (f32)": parameters,
         "moments": moments * parameters,
-        "accumulators": parameters,
+        "accumulators": parameters if job.grad_accum_steps > 1 else 0,
         "counters": counters * _SCALAR,
     }
     return StateBytes(owners=owners, host_bytes=0, largest_f32_bytes=largest)
@@ -131,16 +131,15 @@ def batch_bytes(job: Job) -> int:
         rows = job.micro_batch_size // (dp * fsdp)
         per_token = (2 + extra) * tiled_bytes((rows, width), 4)  # mask, weights
         per_row = 2 * tiled_bytes((rows,), 4)  # prompt lengths, advantages
-        return tiled_bytes((rows, job.max_sequence_tokens), 4) + per_token + per_row + _FLAG
+        # Whether it is the last micro-batch: a bool, which has no use where it is the only one.
+        flag = _SCALAR if job.grad_accum_steps > 1 else 0
+        return tiled_bytes((rows, job.max_sequence_tokens), 4) + per_token + per_row + flag
     per_row = job.sequences_per_row
     rows, tokens = job.sequences_per_step // per_row // (dp * fsdp), per_row * width
     seq = job.rollout.max_prompt_tokens + tokens
     # before, targets, mask, weights, advantages; then tokens and positions; then real.
     per_token = (5 + extra) * tiled_bytes((rows, tokens), 4)
     return per_token + 2 * tiled_bytes((rows, seq), 4) + tiled_bytes((rows, seq), 1)
-
-
-_FLAG = 512  # a bool of its own tile
 
 
 def reference_policy_bytes(job: Job, architecture: Architecture) -> int:

@@ -54,7 +54,8 @@ def _of_update(job: Job, architecture: Architecture) -> list[Remedy]:
         price = "moments with 8 bits, rounded at random"
         found.append((("update.moments=int8",), price))
     if not u.host_offload:
-        price = f"state crosses PCIe twice an update, {gib(_offloaded_bytes(job, architecture))} each way"
+        size = gib(_offloaded_bytes(job, architecture))
+        price = f"state crosses PCIe twice an update, {size} each way"
         found.append((('update.host_offload=["momentum","lo"]',), price))
     if u.layers == "stacked" and job.rollout.engine == "naive":
         price = "the update compiles longer"
