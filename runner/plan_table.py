@@ -59,7 +59,7 @@ def reason(plan: MemoryPlan) -> str:
             f"{interval.above:.3f}"
         )
         if interval.up_to <= interval.above:
-            return f"{text}, and then the {plan.programs and 'update'} has no room"
+            return f"{text}, and then the update has no room"
         return f"{text} and at most {interval.up_to:.3f}"
     usable, phase = gib(plan.usable_bytes), plan.deciding_phase
     if plan.verdict == "fits":

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from pydantic import TypeAdapter
 
@@ -129,7 +129,8 @@ def plan(
         )
         planner = _Planner(child, limit_s=asked.limit_s)
         refusals, last = list[str](), list[str]()
-        reader = threading.Thread(target=_read, args=(child.stdout, refusals, last, say))
+        stream = cast("IO[str]", child.stdout)
+        reader = threading.Thread(target=_read, args=(stream, refusals, last, say), daemon=True)
         reader.start()
         try:
             status = watch(planner, interrupts, grace_s=_GRACE_S, asked=lambda _: None)
@@ -149,12 +150,13 @@ def plan(
     return _PLANS.validate_json(text if text.startswith("[") else f"[{text}]")
 
 
-def _read(stream: IO[str] | None, refusals: list[str], last: list[str], say: Say) -> None:
+def _read(stream: IO[str], refusals: list[str], last: list[str], say: Say) -> None:
     """Show the child's lines; keep its refusals and its last words."""
-    for raw in stream or ():
-        line = raw.rstrip("\n")
-        if line.startswith("Error: "):
-            refusals.append(line.removeprefix("Error: "))
-        elif line.strip():
-            say(line)
-            last[:] = [*last[-2:], line]
+    with stream:
+        for raw in stream:
+            line = raw.rstrip("\n")
+            if line.startswith("Error: "):
+                refusals.append(line.removeprefix("Error: "))
+            elif line.strip():
+                say(line)
+                last[:] = [*last[-2:], line]

@@ -1,6 +1,6 @@
 """What a program would reserve, by a formula: for `headroom plan --quick`, and to sort candidates.
 
-The formula of layer_major's update names what fills its heap when it is fullest; it is within 6 %
+The formula of layer_major's update names what fills its heap when it is fullest; it is within 7 %
 of the compiler's figure for the rows of docs/memory.md. The reference's is one measured ratio, the
 sampler's a sum of caches: take them for an order of magnitude.
 """
