@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobs.accelerators import ACCELERATORS
 from jobs.contradictions import contradictions
-from jobs.records import PLAN_FILE, Advice, MemoryPlan
+from jobs.records import PLAN_FILE, Advice, MemoryPlan, gib
 from jobs.spec import Job
 from trainer.architecture import ARCHITECTURES, Architecture
 from trainer.budget import EngineBuild
@@ -80,6 +80,7 @@ def plan(job: Job, options: Options, memory: Memory) -> MemoryPlan:
     found = _planned(job, architecture, options, memory)
     if found.verdict == "fits" or not options.advice:
         return found
+    log.info("%s: short by %s; planning what would help", found.verdict, gib(-found.headroom_bytes))
     return found.model_copy(update={"advice": _advice(job, architecture, found, options, memory)})
 
 
