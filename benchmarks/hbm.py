@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jobs import spec
 from jobs.records import gib
 from jobs.spec import Job
-from trainer.ahead import SETTINGS, CompileError, compile_ahead, described_devices
-from trainer.architecture import ARCHITECTURES, Architecture, leaf_shapes
+from trainer.ahead import CompileError, compile_ahead, described_devices
+from trainer.architecture import ARCHITECTURES
 from trainer.buffers import ProgramMemory
-from trainer.mesh import make_mesh, replicated, sampler_shardings
+from trainer.libtpu import SETTINGS
+from trainer.mesh import make_mesh
 from trainer.refusal import Refusal
-from trainer.rollout.naive import Request, Settings, sample
+from trainer.rollout.programs import lowered_sampler
 from trainer.steptime import step_time
 from trainer.update.program import make_update
 
@@ -155,37 +155,6 @@ def lowered(job: Job, program: str) -> Any:
     if program == "decode":
         return lowered_sampler(job, architecture, mesh)
     return make_update(job, architecture, mesh).lower()
-
-
-def lowered_sampler(job: Job, architecture: Architecture, mesh: Any) -> Any:
-    """The naive sampler's program, as NaiveRollout calls it."""
-    where = sampler_shardings(mesh, architecture)
-    dtype = jnp.dtype(job.rollout.dtype)
-    weights: dict[str, Any] = {"layers": {}}
-    for path, shape in leaf_shapes(architecture).items():
-        of, name = (weights["layers"], path[1]) if path[0] == "layers" else (weights, path[0])
-        at = where["layers"][name] if path[0] == "layers" else where[name]
-        own = shape[1:] if path[0] == "layers" else shape
-        of[name] = jax.ShapeDtypeStruct(own, dtype, sharding=at)
-    weights["layers"] = [weights["layers"]] * architecture.layers
-    everywhere, r = replicated(mesh), job.rollout
-    array = lambda shape, kind: jax.ShapeDtypeStruct(shape, kind, sharding=everywhere)
-    request = Request(
-        prompts=array((r.prompts_per_step, r.max_prompt_tokens), jnp.int32),
-        lengths=array((r.prompts_per_step,), jnp.int32),
-        sequence_numbers=array((job.sequences_per_step,), jnp.uint32),
-        temperature=array((), jnp.float32),
-        seed=array((), jnp.uint32),
-    )
-    settings = Settings(
-        architecture=architecture,
-        eos_ids=(151645, 151643),  # Qwen2.5's
-        max_tokens=r.max_completion_tokens,
-        top_k=r.top_k,
-        top_p=r.top_p,
-    )
-    jitted = jax.jit(sample, static_argnames=("settings",))
-    return jitted.lower(weights, request, settings=settings)
 
 
 def measure(row: Row, *, full: bool, limit_s: float, why: bool) -> Result:

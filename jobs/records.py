@@ -235,3 +235,122 @@ class Diagnosis(Record):
     numbers: dict[str, int | float | str]
     advice: list[str]
     retry: Literal["retryable", "not_as_is", "after_clean_up", "after_refit"]
+
+
+class PlannedProgram(Record):
+    """A compiled program on one chip, bytes.
+
+    Attributes:
+        arguments_bytes: its arguments, donated ones included: state and batch, or weights.
+        outputs_bytes: its outputs that take no donated argument's place.
+        reserved_bytes: its temporaries, which the runtime reserves whole.
+        code_bytes: its instructions and constants.
+        free_bytes_at_load: of the usable HBM, when all that is resident then has its place.
+        code_assumed: no code was generated: code_bytes is that of a like program.
+        estimated: reserved_bytes is by a formula, not by the compiler.
+    """
+
+    arguments_bytes: int
+    outputs_bytes: int
+    reserved_bytes: int
+    code_bytes: int
+    free_bytes_at_load: int
+    code_assumed: bool
+    estimated: bool
+
+
+class PeakTensors(Record):
+    """Tensors of one kind that lie in a program's temporaries when they are fullest.
+
+    Attributes:
+        program: whose temporaries.
+        op: the traced operation that makes them; empty where XLA's own.
+        shape: dtype and axes of one, on one chip.
+        count: how many.
+        size_bytes: of all of them.
+    """
+
+    program: str
+    op: str
+    shape: str
+    count: int
+    size_bytes: int
+
+
+class MemFractionInterval(Record):
+    """The values of engine.mem_fraction_static with which a job can run.
+
+    Attributes:
+        above: the engine refuses to start at this value and below: it keeps no KV pool then.
+        up_to: the largest value with which everything else still fits; below `above` there is none.
+    """
+
+    above: float
+    up_to: float
+
+
+class Advice(Record):
+    """A change of the job that was planned, too.
+
+    Attributes:
+        settings: "key=value" each, for --set.
+        saves_bytes: less on the fullest chip, at the fullest moment, than the job as it is.
+        headroom_bytes: what is then left at that moment.
+        price: what it costs, in time, exactness or work.
+        fits: the job with it fits.
+        estimated: some program of it is by a formula, not by the compiler.
+    """
+
+    settings: list[str]
+    saves_bytes: int
+    headroom_bytes: int
+    price: str
+    fits: bool
+    estimated: bool
+
+
+class MemoryPlan(Record):
+    """Who holds the HBM of one chip, phase by phase, before anything runs: plan.json.
+
+    Attributes:
+        job: the job's name.
+        job_sha256: of the job as job.json has it.
+        accelerator: planned for.
+        verdict: fits; does_not_load: a program, or an array, finds no room; engine_refused: the
+            engine does not start with its share.
+        usable_bytes: what the runtime can give out, a chip.
+        peak_bytes: everything resident at the fullest moment.
+        headroom_bytes: usable less peak; negative: does not fit.
+        deciding_phase: the phase of the fullest moment, or that the engine's start fails in.
+        deciding_owner: the largest owner in it, or the engine's.
+        phases: by phase, by owner, bytes: load, rollout, hand_over, update.
+        programs: by name.
+        host_bytes: of the state, in the host's memory, a chip.
+        kv_pool_tokens: that the engine's KV pool holds; None without an engine of another program.
+        mem_fraction_interval: of the engine; None without.
+        why: what fills the temporaries of the fullest program, largest first.
+        fragmentation_bytes: of those temporaries, covered by nothing at their fullest moment.
+        advice: best first; empty where the job fits, or nothing was found.
+        assumptions: what the figures take for granted, with sources.
+        versions: of the packages that decide the figures.
+    """
+
+    job: str
+    job_sha256: str
+    accelerator: str
+    verdict: Literal["fits", "does_not_load", "engine_refused"]
+    usable_bytes: int
+    peak_bytes: int
+    headroom_bytes: int
+    deciding_phase: str
+    deciding_owner: str
+    phases: dict[str, dict[str, int]]
+    programs: dict[str, PlannedProgram]
+    host_bytes: int
+    kv_pool_tokens: int | None = None
+    mem_fraction_interval: MemFractionInterval | None = None
+    why: list[PeakTensors] = []
+    fragmentation_bytes: int = 0
+    advice: list[Advice] = []
+    assumptions: list[str] = []
+    versions: dict[str, str] = {}

@@ -5,40 +5,34 @@ stdout is the result, stderr the progress; `--json` is for programs.
 
 # ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
 
-import json
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from runner.cli_plan import plan
+from runner.terminal import (
+    Refused,
+    World,
+    console,
+    json_option,
+    load_job,
+    pass_world,
+    print_json,
+    raw,
+    say,
+)
 
+if TYPE_CHECKING:
     from jobs.records import Diagnosis, Manifest
     from jobs.spec import Job
     from runner.archive import RunDir
 
 
-@dataclass(frozen=True)
-class World:
-    """What the commands reach outside of Python for: `main(obj=World(...))` hands in another.
-
-    Attributes:
-        trainer: the program of the process way; None: the trainer beside this runner.
-        pause: waits so many seconds before a run is tried again.
-    """
-
-    trainer: tuple[str, ...] | None = None
-    pause: Callable[[float], None] = time.sleep
-
-
 _INTERRUPTED = 130  # 128 + SIGINT
-_world = click.make_pass_decorator(World, ensure=True)
 _runs = click.option(
     "--runs",
     type=click.Path(file_okay=False, path_type=Path),
@@ -46,17 +40,7 @@ _runs = click.option(
     show_default=True,
     help="The folder of runs; logs/ lies beside it.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _run_name = click.argument("name", metavar="RUN")
-
-
-class Refused(click.ClickException):
-    """One `Error: ...` line for each thing that is wrong, and exit code 1."""
-
-    def show(self, file: Any = None) -> None:
-        """Print the lines on stderr."""
-        for line in self.message.splitlines():
-            click.echo(f"Error: {line}", file=file, err=True)
 
 
 class Commands(click.Group):
@@ -67,7 +51,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
-            _say("interrupted")
+            say("interrupted")
             ctx.exit(_INTERRUPTED)
 
 
@@ -108,8 +92,8 @@ def main() -> None:
     help="Try again, up to N times, where the cause of the failure may pass by itself.",
 )
 @_runs
-@_json
-@_world
+@json_option
+@pass_world
 def run(  # noqa: PLR0913 - click hands in each option by its name
     world: World,
     *,
@@ -137,20 +121,20 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     from runner.conclude import diagnosis_of
     from runner.retry import wait_s
 
-    load = lambda: _load(job_file, overrides, from_env=from_env)
+    load = lambda: load_job(job_file, overrides, from_env=from_env)
     made, manifest = _attempt(world, load, where=where, verb=verb, runs=runs, as_json=as_json)
     for number in range(retries):
         diagnosis = diagnosis_of(made)
         seconds = wait_s(manifest, diagnosis, attempts=number + 1)
         if seconds is None or diagnosis is None:
             break
-        _say(
+        say(
             f"{made.name}: {diagnosis.cause} may pass by itself; "
             f"retry {number + 1} of {retries} in {seconds:g} s (Ctrl-C: no more)"
         )
         world.pause(seconds)
         # As it was first read: the file may be another by now.
-        load = partial(_load, made.job_file, (), from_env=False)
+        load = partial(load_job, made.job_file, (), from_env=False)
         made, manifest = _attempt(
             world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
         )
@@ -181,24 +165,24 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
         job = load()
         try:
             client, why = launch.place(where, job)
-            _say(f"running in {why}")
+            say(f"running in {why}")
             kind = "process" if client is None else "docker"
             code = checkout(launch.CODE)
             _leave_if_asked(interrupts.numbers)
-            stream = _raw("stderr" if as_json else "stdout")
+            stream = raw("stderr" if as_json else "stdout")
             steps = job.steps if verb == "train" else None
             with (
                 archive.create(job, verb=verb, where=kind, runs=runs, code=code) as made,
                 log_stream(stream, Console(stderr=as_json), steps=steps) as out,
             ):
-                _say(f"run directory: {made.path}")
+                say(f"run directory: {made.path}")
                 made.update(retry_of=retry_of)
                 manifest = launch.launch(
                     made,
                     job,
                     client=client,
                     out=out,
-                    say=_say,
+                    say=say,
                     trainer=launch.TRAINER if world.trainer is None else world.trainer,
                     interrupts=interrupts,
                 )
@@ -210,7 +194,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
 @main.command()
 @_run_name
 @_runs
-@_json
+@json_option
 def show(*, name: str, runs: Path, as_json: bool) -> None:
     """Show a run: what ran, its steps, how it ended.
 
@@ -224,15 +208,15 @@ def show(*, name: str, runs: Path, as_json: bool) -> None:
     found, manifest = _settled(runs, name)
     data = shown.as_data(found, manifest)
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
-        shown.print_run(data, _console())
+        shown.print_run(data, console())
 
 
 @main.command()
 @click.option("-n", "--number", default=10, show_default=True, help="Ended runs to list.")
 @_runs
-@_json
+@json_option
 def status(*, number: int, runs: Path, as_json: bool) -> None:
     """List what runs now and what ran last, as it truly is.
 
@@ -252,9 +236,9 @@ def status(*, number: int, runs: Path, as_json: bool) -> None:
         if manifest is not None and (manifest.exit_status is None or ended < number):
             manifests.append(manifest)
     if as_json:
-        _print_json([m.model_dump(mode="json") for m in manifests])
+        print_json([m.model_dump(mode="json") for m in manifests])
     else:
-        shown.print_list(manifests, _console())
+        shown.print_list(manifests, console())
 
 
 @main.command()
@@ -275,7 +259,7 @@ def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
     found, _ = _with_log(runs, name)
     print_log(
         found.log_file,
-        _raw("stdout"),
+        raw("stdout"),
         lines=lines,
         ended=(lambda: _is_over(found)) if follow else None,
     )
@@ -284,7 +268,7 @@ def logs(*, name: str, follow: bool, lines: int | None, runs: Path) -> None:
 @main.command()
 @_run_name
 @_runs
-@_json
+@json_option
 def cancel(*, name: str, runs: Path, as_json: bool) -> None:
     """Stop a run and finish its archive.
 
@@ -305,7 +289,7 @@ def cancel(*, name: str, runs: Path, as_json: bool) -> None:
     except state.CannotTellError as error:
         raise Refused(f"{found.name}: {error}") from error
     if as_json:
-        _print_json(manifest.model_dump(mode="json"))
+        print_json(manifest.model_dump(mode="json"))
     else:
         words = "had already ended" if over else "has been stopped"
         click.echo(f"{found.name} {words}: {shown.ending_text(manifest)}")
@@ -315,7 +299,7 @@ def cancel(*, name: str, runs: Path, as_json: bool) -> None:
 @click.argument("log", metavar="LOG|RUN|-")
 @click.option("-f", "--follow", is_flag=True, help="Watch a growing log; say each new cause.")
 @_runs
-@_json
+@json_option
 def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
     """Name the cause of a failed log: of a run, of any file, or of stdin.
 
@@ -351,18 +335,8 @@ def _leave_if_asked(numbers: list[int]) -> None:
     from runner.ending import signal_name
 
     if numbers:
-        _say(f"{signal_name(numbers[0])}: stopped before the run was made")
+        say(f"{signal_name(numbers[0])}: stopped before the run was made")
         sys.exit(128 + numbers[0])
-
-
-def _load(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
-    from jobs.spec import JobError, load
-    from runner.launch import here
-
-    try:
-        return load(path, overrides=overrides, environment=here() if from_env else None)
-    except JobError as error:
-        raise Refused(str(error)) from error
 
 
 def _with_log(runs: Path, name: str) -> tuple["RunDir", "Manifest"]:
@@ -392,10 +366,10 @@ def _settle(found: "RunDir") -> "Manifest | None":
     try:
         return state.settle(found)
     except state.CannotTellError as error:
-        _say(f"{found.name}: as last recorded: {error}")
+        say(f"{found.name}: as last recorded: {error}")
         return found.manifest()
     except archive.NoSuchRunError as error:
-        _say(str(error))
+        say(str(error))
         return None
 
 
@@ -416,7 +390,7 @@ def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     )
     try:
         if as_json:
-            _print_json(shown.as_data(made, manifest))
+            print_json(shown.as_data(made, manifest))
         else:
             if diagnosis is not None:
                 _print_diagnosis(diagnosis, as_json=False)
@@ -432,22 +406,4 @@ def _print_diagnosis(diagnosis: "Diagnosis", *, as_json: bool) -> None:
     click.echo(diagnosis.model_dump_json() if as_json else format_diagnosis(diagnosis))
 
 
-def _say(text: str) -> None:
-    click.echo(f"headroom: {text}", err=True)
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2))
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # Without a terminal nothing is cut to a width of 80.
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
-
-
-def _raw(name: Literal["stdout", "stderr"]) -> BinaryIO:
-    """The stream without a buffer of its own: what was written is there, whatever comes."""
-    stream = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
-    return cast("BinaryIO", getattr(stream, "raw", stream))
+main.add_command(plan)

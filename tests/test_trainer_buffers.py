@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jobs import spec
 from jobs.accelerators import accelerator
 from trainer.ahead import (
-    SETTINGS,
     CompileError,
     child_argv,
     compile_ahead,
@@ -24,6 +23,7 @@ from trainer.ahead import (
 )
 from trainer.architecture import ARCHITECTURES
 from trainer.buffers import DUMPED, program_memory_of, tiled_bytes
+from trainer.libtpu import SETTINGS
 from trainer.mesh import make_mesh
 from trainer.steptime import clock_hz, received_bytes, step_time
 from trainer.update.layout import abstract_state

@@ -331,7 +331,12 @@ def test_an_engine_that_computes_otherwise_is_corrected_for_and_the_mismatch_tol
 
     unused = lambda *_: pytest.fail("not asked for")
     update = Update(
-        init=unused, params=lambda s: s, step=step, logprobs=lambda *_: trainer, lower=unused
+        abstract=None,
+        init=unused,
+        params=lambda s: s,
+        step=step,
+        logprobs=lambda *_: trainer,
+        lower=unused,
     )
     learn(update, "state", session, rolled, None)
     mask = np.arange(TOKENS) < lengths[:, None]

@@ -14,10 +14,11 @@ from typing import NoReturn
 
 from jobs.records import FAILURE_FILE, Failure
 from jobs.spec import Job, JobError, load
+from trainer import libtpu
 from trainer.refusal import Refusal
 
-VERBS = ("train", "evaluate")
-USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json"
+VERBS = ("train", "evaluate", "plan")
+USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json [plan's options]"
 # 70 is EX_SOFTWARE: Python's own code for an uncaught exception is 1, which is a refusal here.
 REFUSED, WRONG_USAGE, FAILED = 1, 2, 70
 
@@ -70,6 +71,15 @@ def run(verb: str, job: Job, run_dir: Path) -> None:
         raise
 
 
+def plan(job: Job, folder: Path, argv: list[str]) -> int:
+    """Plan a job: nothing runs, and no chip is touched. 0 fits, 3 does not."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(libtpu.SETTINGS)  # libtpu reads them when it is first asked
+    from trainer import plan as planning
+
+    return planning.main(job, folder, planning.options_of(argv))
+
+
 class Stopped(SystemExit):
     """Somebody asked us to stop, by a signal."""
 
@@ -87,17 +97,20 @@ def _refuse(lines: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb; the exit code: 0 done, 1 refused, 2 usage, 70 failed, with its traceback."""
+    """Run a verb: 0 done, 1 refused, 2 usage, 3 planned not to fit, 70 failed, with traceback."""
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
     for name in ("jax", "absl", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if len(argv) != len(("verb", "job")) or argv[0] not in VERBS:
+    options = len(argv) > len(("verb", "job"))
+    if len(argv) < len(("verb", "job")) or argv[0] not in VERBS or (options and argv[0] != "plan"):
         log.error("%s", USAGE)
         return WRONG_USAGE
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     path = Path(argv[1])
     try:
+        if argv[0] == "plan":
+            return plan(load(path), path.parent, argv[2:])
         run(argv[0], load(path), path.parent)
     except (JobError, Refusal) as error:
         return _refuse(str(error))

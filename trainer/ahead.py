@@ -29,16 +29,8 @@ from jax.experimental import topologies
 
 from jobs.accelerators import ACCELERATORS, Accelerator
 from trainer.buffers import DUMPED, ProgramMemory, program_memory_of
+from trainer.libtpu import SETTINGS
 from trainer.refusal import Refusal
-
-# What libtpu must be told where there is no TPU: ask no metadata server, no other host, no chip.
-SETTINGS = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v4-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 # Written right after the buffer assignment, which is whole once this is there.
 _AFTERWARDS = "after_optimizations_after_buffer_assignment.txt"

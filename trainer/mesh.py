@@ -16,34 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jobs.spec import Job
 from trainer.architecture import Architecture, Path, leaf_shapes
+from trainer.axes import LEAF_AXES, MESH_AXES, OVER_MESH, OVER_SAMPLER
 from trainer.refusal import Refusal
 
-AXES = ("dp", "fsdp", "tp")
 SEQUENCES = ("dp", "fsdp")
-
-# Logical axes of each leaf; "layers" is the stacked leading axis of everything under "layers".
-LEAF_AXES: dict[str, tuple[str, ...]] = {
-    "embed": ("vocab", "embed"),
-    "head": ("vocab", "embed"),
-    "norm": ("norm",),
-    "ln1": ("layers", "norm"),
-    "ln2": ("layers", "norm"),
-    "q": ("layers", "embed", "heads"),
-    "k": ("layers", "embed", "kv_heads"),
-    "v": ("layers", "embed", "kv_heads"),
-    "o": ("layers", "heads", "embed"),
-    "gate": ("layers", "embed", "mlp"),
-    "up": ("layers", "embed", "mlp"),
-    "down": ("layers", "mlp", "embed"),
-    "q_bias": ("layers", "heads"),
-    "k_bias": ("layers", "kv_heads"),
-    "v_bias": ("layers", "kv_heads"),
-    "q_norm": ("layers", "norm"),
-    "k_norm": ("layers", "norm"),
-}
-
-_STATE = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "embed": "fsdp"}
-_SAMPLER = {"vocab": AXES, "heads": AXES, "kv_heads": AXES, "mlp": AXES}
 
 
 class MeshError(Refusal):
@@ -62,7 +38,7 @@ def make_mesh(job: Job, devices: Sequence[Any]) -> Mesh:
             f"accelerator = {job.accelerator} has {job.target.devices} devices, but JAX lists "
             f"{len(devices)}: run on that accelerator, or change the job's"
         )
-    return Mesh(np.array(devices).reshape(shape), AXES)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -83,7 +59,7 @@ def state_shardings(mesh: Mesh, architecture: Architecture) -> dict[str, Any]:
     """
     return _nested(
         {
-            path: _sharding(mesh, path, shape, _STATE)
+            path: _sharding(mesh, path, shape, OVER_MESH)
             for path, shape in leaf_shapes(architecture).items()
         }
     )
@@ -100,7 +76,7 @@ def sampler_shardings(mesh: Mesh, architecture: Architecture) -> dict[str, Any]:
         if path[0] == "layers":
             axes, sizes = axes[1:], shape[1:]
         spec = [
-            _SAMPLER.get(axis) if size % mesh.size == 0 else None
+            OVER_SAMPLER.get(axis) if size % mesh.size == 0 else None
             for axis, size in zip(axes, sizes, strict=True)
         ]
         whole[path] = NamedSharding(mesh, PartitionSpec(*spec))

@@ -17,10 +17,11 @@ from jobs.records import EvalRecord, StepRecord
 from jobs.spec import Job
 from trainer import hbm, reward
 from trainer.architecture import ModelError, Path
+from trainer.axes import LEAF_AXES
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
 from trainer.grpo import LOSSES, truncated_importance
-from trainer.mesh import LEAF_AXES, make_mesh, state_shardings
+from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
 from trainer.rollout import Completions, Rollout

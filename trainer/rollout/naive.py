@@ -43,8 +43,8 @@ class NaiveRollout:
             top_k=job.rollout.top_k,
             top_p=job.rollout.top_p,
         )
-        self._shardings = _layer_by_layer(sampler_shardings(mesh, architecture), architecture)
-        self._to_sampler = _to_sampler(job, architecture, self._shardings)
+        self._shardings = layer_by_layer(sampler_shardings(mesh, architecture), architecture)
+        self._to_sampler = to_sampler(job, architecture, self._shardings)
         self._sample = jax.jit(sample, static_argnames=("settings",))
 
     def hand_over(self, params: Any) -> None:
@@ -94,7 +94,8 @@ class NaiveRollout:
         )
 
 
-def _layer_by_layer(shardings: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+def layer_by_layer(shardings: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The shardings of the sampler's tree, from those with one layer's leaves."""
     return {**shardings, "layers": [shardings["layers"]] * architecture.layers}
 
 
@@ -110,11 +111,11 @@ def hi_by_reference(params: Any, shardings: Any) -> Any:
     return jax.tree.unflatten(tree, [leaf.hi for leaf in leaves])
 
 
-def _to_sampler(job: Job, architecture: Architecture, shardings: Any) -> Any:
+def to_sampler(job: Job, architecture: Architecture, shardings: Any) -> Any:
     """The jitted map from the trainer's parameters to the sampler's: cast, one tree a layer."""
     dtype = jnp.dtype(job.rollout.dtype)
 
-    def to_sampler(params: Any) -> Any:
+    def take(params: Any) -> Any:
         cast = cast_tree(params, dtype)
         layers = cast["layers"]
         if isinstance(layers, dict):
@@ -123,7 +124,7 @@ def _to_sampler(job: Job, architecture: Architecture, shardings: Any) -> Any:
             ]
         return {**cast, "layers": layers}
 
-    return jax.jit(to_sampler, out_shardings=shardings)
+    return jax.jit(take, out_shardings=shardings)
 
 
 class Request(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.axes import shared_axis
 from trainer.update.forward import (
     Program,
     gathered,
@@ -21,7 +22,7 @@ from trainer.update.forward import (
     together,
 )
 from trainer.update.head import FSDP
-from trainer.update.layout import State, index_layer, layer_of, put_layer, shared_axis
+from trainer.update.layout import State, index_layer, layer_of, put_layer
 from trainer.update.optimizer import LeafState, clip_scale
 from trainer.update.rows import Rows
 

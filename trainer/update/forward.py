@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from jobs.spec import Job
 from trainer.architecture import Architecture
+from trainer.axes import shared_axis
 from trainer.model import decoder_layer, position_angles
 from trainer.update import head as heads
 from trainer.update.attention import RowAttention
 from trainer.update.head import FSDP
-from trainer.update.layout import layer_masters, shared_axis
+from trainer.update.layout import layer_masters
 from trainer.update.masters import cast
 from trainer.update.rows import Rows
 

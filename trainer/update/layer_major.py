@@ -82,6 +82,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return np.asarray(found).reshape(np.shape(batch.completion_mask))
 
     return Update(
+        abstract=abstract,
         init=_init(abstract),
         params=_masters,
         step=step,

@@ -8,7 +8,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jobs.spec import Job
 from trainer.architecture import Architecture, leaf_shapes
-from trainer.mesh import LEAF_AXES, MeshError
+from trainer.axes import LEAF_AXES, on_host, shared_axis
+from trainer.mesh import MeshError
 from trainer.update.head import FSDP
 from trainer.update.masters import Split
 from trainer.update.optimizer import LeafState, Quantized
@@ -16,18 +17,6 @@ from trainer.update.optimizer import LeafState, Quantized
 # {"embed", "norm", "head": LeafState, "layers": {name: LeafState} stacked or [{name: LeafState}],
 #  "updates": i32[], optimizer applications so far}
 State = dict[str, Any]
-
-_SHARED = {"vocab", "heads", "kv_heads", "mlp"}
-
-
-def shared_axis(name: str) -> int | None:
-    """The axis of a leaf that is shared out over the devices, layers axis not counted; or None.
-
-    The axis that a tensor-parallel engine shares out: outputs of q, k, v, gate and up, inputs of o
-    and down, the vocabulary of embedding and head.
-    """
-    axes = [axis for axis in LEAF_AXES[name] if axis != "layers"]
-    return next((i for i, axis in enumerate(axes) if axis in _SHARED), None)
 
 
 def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> State:
@@ -61,7 +50,7 @@ def _abstract_leaf(job: Job, mesh: Mesh, name: str, shape: tuple[int, ...]) -> L
     spec = [FSDP if i == axis else None for i in range(len(shape))]
 
     def array(shape: tuple[int, ...], dtype: Any, part: str, spec: list[Any] = spec) -> Any:
-        kind = "pinned_host" if _on_host(name, part, job) else None
+        kind = "pinned_host" if on_host(name, part, job.update.host_offload) else None
         sharding = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -78,12 +67,6 @@ def _abstract_leaf(job: Job, mesh: Mesh, name: str, shape: tuple[int, ...]) -> L
     return LeafState(master, moment("momentum"), root)
 
 
-def _on_host(name: str, part: str, job: Job) -> bool:
-    """The matrices of the layers; what is small, or above and below the layers, stays."""
-    in_layers = LEAF_AXES[name][0] == "layers" and shared_axis(name) is not None
-    return part in job.update.host_offload and in_layers and "bias" not in name
-
-
 def index_layer(layers: Any, i: Any) -> dict[str, Any]:
     """One layer of either layout, each part where it lives."""
     if isinstance(layers, list):
@@ -98,7 +81,7 @@ def layer_masters(layers: Any, i: Any, job: Job) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, leaf in index_layer(layers, i).items():
-        away = isinstance(leaf, Split) and _on_host(name, "lo", job)
+        away = isinstance(leaf, Split) and on_host(name, "lo", job.update.host_offload)
         if away and job.update.update_dtype == "bfloat16":
             found[name] = leaf.hi
         elif away:
@@ -127,7 +110,9 @@ def _moved(layer: dict[str, LeafState], job: Job, space: Any) -> dict[str, LeafS
     move = lambda tree: jax.tree.map(lambda x: jax.device_put(x, space), tree)
 
     def parts(name: str, leaf: LeafState) -> LeafState:
-        lo_too, moments_too = (_on_host(name, part, job) for part in ("lo", "momentum"))
+        lo_too, moments_too = (
+            on_host(name, part, job.update.host_offload) for part in ("lo", "momentum")
+        )
         master = Split(leaf.master.hi, move(leaf.master.lo)) if lo_too else leaf.master
         moments = (move(leaf.m), move(leaf.v)) if moments_too else (leaf.m, leaf.v)
         return LeafState(master, *moments)

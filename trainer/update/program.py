@@ -56,6 +56,7 @@ class Update:
     """An update design, ready to run on a mesh.
 
     Attributes:
+        abstract: the state as shapes, dtypes and shardings, with no memory behind it.
         init: parameters (f32, on the host) -> the first state, placed a leaf at a time; the
             tree is emptied as it goes.
         params: state -> the policy's parameters by reference, plain or split (masters.cast reads
@@ -67,6 +68,7 @@ class Update:
             on a mesh of devices that are only described, it can still be compiled.
     """
 
+    abstract: State
     init: Callable[[Any], State]
     params: Callable[[State], Any]
     step: Callable[[State, Batch], tuple[State, Learned]]

@@ -1,9 +1,9 @@
 """The reference update: plain autodiff over f32 parameters, one jitted program a micro-batch.
 
 The SOP's own state: f32 parameters, f32 moments, and an f32 gradient accumulator that lives between
-micro-batches. It is kept for ever as the numerical reference of the other designs. With single
-layers it takes the SOP's memory too: unrolled, XLA keeps the weights that it has gathered for the
-forward pass until the backward pass has used them.
+micro-batches, where there are several. It is kept for ever as the numerical reference of the other
+designs. With single layers it takes the SOP's memory too: unrolled, XLA keeps the weights that it
+has gathered for the forward pass until the backward pass has used them.
 """
 
 from functools import partial
@@ -30,7 +30,8 @@ class ReferenceState(NamedTuple):
     Attributes:
         params: the parameter tree, f32.
         moments: optax's state.
-        gradients: the accumulator, f32, in the shape of params.
+        gradients: the accumulator, f32, in the shape of params; None where an update is one
+            micro-batch.
         sums: f32[] each, over the micro-batches so far of this update.
         updates: i32[], optimizer applications so far.
     """
@@ -64,7 +65,7 @@ def abstract_state(job: Job, architecture: Architecture, mesh: Mesh) -> Referenc
     return ReferenceState(
         params=params,
         moments=moments,
-        gradients=params,
+        gradients=params if job.grad_accum_steps > 1 else None,
         sums={name: scalar(jnp.float32) for name in _SUMS},
         updates=scalar(jnp.int32),
     )
@@ -93,6 +94,27 @@ def _placed(params: Any, shardings: Any) -> Any:
     return {**rest, "layers": layers}
 
 
+def _accumulator(params: Any, job: Job) -> Any:
+    """An empty accumulator; None where one micro-batch is the whole update."""
+    return jax.tree.map(jnp.zeros_like, params) if job.grad_accum_steps > 1 else None
+
+
+def _first_state(params: Any, *, job: Job) -> ReferenceState:
+    """Before the first update, of f32 parameters."""
+    return ReferenceState(
+        params=params,
+        moments=optimizers.optimizer(job).init(params),
+        gradients=_accumulator(params, job),
+        sums={name: jnp.float32(0) for name in _SUMS},
+        updates=jnp.int32(0),
+    )
+
+
+def _go_on(state: ReferenceState, _: Any) -> tuple[ReferenceState, jax.Array]:
+    """What `apply` gives where it is not time for it."""
+    return state, jnp.float32(0)
+
+
 def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     """The reference design of `program.Update`."""
     optimizer = optimizers.optimizer(job)
@@ -101,39 +123,31 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere, sequences = replicated(mesh), by_sequence(mesh)
 
-    def init(params: Any) -> ReferenceState:
-        return ReferenceState(
-            params=params,
-            moments=optimizer.init(params),
-            gradients=jax.tree.map(jnp.zeros_like, params),
-            sums={name: jnp.float32(0) for name in _SUMS},
-            updates=jnp.int32(0),
-        )
-
     def micro_step(
         state: ReferenceState, batch: Batch, *, last: jax.Array
     ) -> tuple[ReferenceState, jax.Array]:
         (value, sums), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, batch, job, architecture, activations=sequences
         )
-        state = state._replace(
-            gradients=jax.tree.map(jnp.add, state.gradients, gradients),
-            sums=jax.tree.map(jnp.add, state.sums, {"loss": value, **sums}),
-        )
-        return jax.lax.cond(last, apply, lambda s: (s, jnp.float32(0)), state)
+        sums = jax.tree.map(jnp.add, state.sums, {"loss": value, **sums})
+        state = state._replace(sums=sums)
+        if state.gradients is None:
+            return apply(state, gradients)
+        state = state._replace(gradients=jax.tree.map(jnp.add, state.gradients, gradients))
+        return jax.lax.cond(last, apply, _go_on, state, state.gradients)
 
-    def apply(state: ReferenceState) -> tuple[ReferenceState, jax.Array]:
-        gradients, norm = optimizers.clip(state.gradients, job)
+    def apply(state: ReferenceState, gradients: Any) -> tuple[ReferenceState, jax.Array]:
+        gradients, norm = optimizers.clip(gradients, job)
         changes, moments = optimizer.update(gradients, state.moments, state.params)
         return state._replace(
             params=optax.apply_updates(state.params, changes),
             moments=moments,
-            gradients=jax.tree.map(jnp.zeros_like, state.gradients),
+            gradients=_accumulator(state.params, job),
             updates=state.updates + 1,
         ), norm
 
     jitted = jax.jit(micro_step, donate_argnums=0, out_shardings=(shardings, everywhere))
-    jitted_init = jax.jit(init, donate_argnums=0, out_shardings=shardings)
+    jitted_init = jax.jit(partial(_first_state, job=job), donate_argnums=0, out_shardings=shardings)
     place = partial(_placed, shardings=shardings.params)
     zero_sums = jax.jit(lambda: dict.fromkeys(_SUMS, jnp.float32(0)), out_shardings=everywhere)
     jitted_logprobs = jax.jit(
@@ -163,6 +177,7 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         return jitted.lower(abstract, part, last=last)
 
     return Update(
+        abstract=abstract,
         init=lambda params: jitted_init(place(params)),
         params=lambda s: s.params,
         step=step,

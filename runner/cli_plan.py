@@ -1,0 +1,98 @@
+"""`headroom plan`: does the job fit, who holds the memory, what would help."""
+
+# ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
+
+import sys
+from pathlib import Path
+
+import click
+
+from runner.terminal import (
+    Failed,
+    Refused,
+    World,
+    console,
+    json_option,
+    load_job,
+    pass_world,
+    print_json,
+    say,
+)
+
+
+@click.command()
+@click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key.")
+@click.option("--from-env", is_flag=True, help="Take the SOP's variables (BATCH_SIZE, ...) too.")
+@click.option("--accelerator", help="Plan for this TPU type, not the job's own.")
+@click.option("--quick", is_flag=True, help="By arithmetic and formulas, without the compiler.")
+@click.option(
+    "--engine-weights",
+    type=click.Choice(["sharded", "replicated"]),
+    default="sharded",
+    show_default=True,
+    help="sglang-jax's embedding and head: as in the SOP's build, or as in PyPI's 0.0.2.",
+)
+@click.option("--no-advice", is_flag=True, help="Do not look for what would help.")
+@click.option("--what-if", type=click.Choice(["accelerators"]), help="A line for each TPU type.")
+@click.option("--limit", default=900.0, show_default=True, help="Seconds for all of it.")
+@json_option
+@pass_world
+def plan(  # noqa: PLR0913 - click hands in each option by its name
+    world: World,
+    *,
+    job_file: Path,
+    overrides: tuple[str, ...],
+    from_env: bool,
+    accelerator: str | None,
+    quick: bool,
+    engine_weights: str,
+    no_advice: bool,
+    what_if: str | None,
+    limit: float,
+    as_json: bool,
+) -> None:
+    """Tell whether a job fits, before a TPU is booked.
+
+    Compiles the very programs of the job for its TPU type, on this machine, as far as their memory
+    is known, and adds up who holds the HBM of a chip in each phase.
+
+    Exit codes: 0 fits, 1 refused, 2 usage, 3 does not fit, 5 the planner failed.
+
+    \b
+    headroom plan jobs/sop_bs32_len1024.yaml
+    headroom plan jobs/smoke.yaml --accelerator v4-8 --set rollout.prompts_per_step=4
+    """
+    from runner import plan_table, planning
+    from runner.launch import TRAINER
+    from runner.watch import Interrupts
+
+    own = () if accelerator is None else (f"accelerator={accelerator}",)
+    job = load_job(job_file, (*overrides, *own), from_env=from_env)
+    asked = planning.Asked(
+        quick=quick,
+        engine_weights=engine_weights,
+        advice=not no_advice,
+        what_if=what_if is not None,
+        limit_s=limit,
+    )
+    trainer = TRAINER if world.trainer is None else world.trainer
+    try:
+        with Interrupts() as interrupts:
+            plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=trainer)
+    except planning.PlanRefusedError as error:
+        raise Refused(str(error)) from error
+    except (planning.PlanFailedError, OSError) as error:
+        raise Failed(str(error)) from error
+    except planning.PlanStoppedError as error:
+        say(str(error))
+        sys.exit(128 + error.number)
+    if as_json:
+        data = [one.model_dump(mode="json") for one in plans]
+        print_json(data if asked.what_if else data[0])
+    elif asked.what_if:
+        plan_table.print_what_if(plans, console())
+    else:
+        plan_table.print_plan(plans[0], console())
+    fits = any(one.verdict == "fits" for one in plans)
+    sys.exit(0 if fits else planning.DOES_NOT_FIT)

@@ -1,0 +1,162 @@
+"""Plan a job's memory: the trainer's verb `plan`, in a child that libtpu may abort.
+
+Nothing is archived: the plan is what the command prints. The child gets the environment of a job in
+a process, its lines are shown as they come, and it is stopped when its time is up.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from pydantic import TypeAdapter
+
+from jobs.records import JOB_FILE, PLAN_FILE, ExitStatus, MemoryPlan
+from jobs.spec import Job
+from runner import ending
+from runner.launch import TRAINER, Say, here, process_environment
+from runner.watch import Interrupts, watch
+
+DOES_NOT_FIT = 3
+_WROTE_A_PLAN = (0, DOES_NOT_FIT)
+_GRACE_S = 10.0  # from SIGTERM, or from the end of its own time, to SIGKILL
+_PLANS: TypeAdapter[list[MemoryPlan]] = TypeAdapter(list[MemoryPlan])
+
+
+class PlanRefusedError(Exception):
+    """The job cannot be planned as asked: a line for each reason."""
+
+
+class PlanFailedError(Exception):
+    """The planner ended otherwise than it should: how, and its last lines."""
+
+
+class PlanStoppedError(Exception):
+    """Somebody stopped it.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{ending.signal_name(number)}: planning was stopped")
+        self.number = number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How to plan.
+
+    Attributes:
+        quick: by arithmetic and formulas, without the compiler.
+        engine_weights: sharded or replicated, see the trainer's budget.
+        advice: plan changes, too, where the job does not fit.
+        what_if: plan for every TPU type.
+        limit_s: seconds for all of it.
+    """
+
+    quick: bool
+    engine_weights: str
+    advice: bool
+    what_if: bool
+    limit_s: float
+
+
+def plan_argv(trainer: Sequence[str], job_file: Path, asked: Asked) -> list[str]:
+    """The child's command."""
+    argv = [*trainer, "plan", str(job_file), "--limit", f"{asked.limit_s:g}"]
+    argv += ["--engine-weights", asked.engine_weights]
+    argv += ["--quick"] if asked.quick else []
+    argv += [] if asked.advice else ["--no-advice"]
+    return argv + (["--what-if", "accelerators"] if asked.what_if else [])
+
+
+class _Planner:
+    """The child, as `watch` stands by it."""
+
+    def __init__(self, child: subprocess.Popen[str], *, limit_s: float) -> None:
+        self._child = child
+        self._ends = time.monotonic() + limit_s + _GRACE_S
+        self.late = False
+
+    def wait(self, seconds: float) -> ExitStatus | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._child.wait(seconds)
+            return ending.of_process(code, stopped=False, refusal=code == ending.REFUSED)
+        if time.monotonic() >= self._ends:
+            # Asked first: it ends the compiler that it started.
+            self.kill() if self.late else self.stop(signal.SIGTERM)
+            self.late, self._ends = True, time.monotonic() + _GRACE_S
+        return None
+
+    def stop(self, number: int) -> None:
+        self._child.send_signal(number)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+
+def plan(
+    job: Job, asked: Asked, *, say: Say, interrupts: Interrupts, trainer: Sequence[str] = TRAINER
+) -> list[MemoryPlan]:
+    """The plan of a job; of the job on each TPU type where that is asked.
+
+    Raises:
+        PlanRefusedError, PlanFailedError, PlanStoppedError: there is none.
+    """
+    with tempfile.TemporaryDirectory(prefix="headroom-plan-") as name:
+        folder = Path(name)
+        job_file = folder / JOB_FILE
+        job_file.write_text(job.to_json(), encoding="utf-8")
+        child = subprocess.Popen(
+            plan_argv(trainer, job_file, asked),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=process_environment(here(), job.container.pass_env),
+            cwd=folder,
+            start_new_session=True,
+        )
+        planner = _Planner(child, limit_s=asked.limit_s)
+        refusals, last = list[str](), list[str]()
+        stream = cast("IO[str]", child.stdout)
+        reader = threading.Thread(target=_read, args=(stream, refusals, last, say), daemon=True)
+        reader.start()
+        try:
+            status = watch(planner, interrupts, grace_s=_GRACE_S, asked=lambda _: None)
+        finally:
+            planner.kill()
+            reader.join(_GRACE_S)
+        if interrupts.numbers:
+            raise PlanStoppedError(interrupts.numbers[0])
+        if planner.late:
+            raise PlanFailedError(f"planning took more than {asked.limit_s:g} s: raise --limit")
+        if status.code == ending.REFUSED and refusals:
+            raise PlanRefusedError("\n".join(refusals))
+        if status.code not in _WROTE_A_PLAN or status.signal:
+            how = status.signal or f"exit status {status.code}"
+            raise PlanFailedError(f"the planner ended with {how}: {' | '.join(last) or 'no word'}")
+        text = (folder / PLAN_FILE).read_text(encoding="utf-8")
+    return _PLANS.validate_json(text if text.startswith("[") else f"[{text}]")
+
+
+def _read(stream: IO[str], refusals: list[str], last: list[str], say: Say) -> None:
+    """Show the child's lines; keep its refusals and its last words."""
+    with stream:
+        for raw in stream:
+            line = raw.rstrip("\n")
+            if line.startswith("Error: "):
+                refusals.append(line.removeprefix("Error: "))
+            elif line.strip():
+                say(line)
+                last[:] = [*last[-2:], line]

@@ -1,0 +1,85 @@
+"""What the commands of `headroom` share: how they read a job, refuse, and print."""
+
+# ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jobs.spec import Job
+
+
+@dataclass(frozen=True)
+class World:
+    """What the commands reach outside of Python for: `main(obj=World(...))` hands in another.
+
+    Attributes:
+        trainer: the program of the process way; None: the trainer beside this runner.
+        pause: waits so many seconds before a run is tried again.
+    """
+
+    trainer: tuple[str, ...] | None = None
+    pause: Callable[[float], None] = time.sleep
+
+
+pass_world = click.make_pass_decorator(World, ensure=True)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Refused(click.ClickException):
+    """One `Error: ...` line for each thing that is wrong, and exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the lines on stderr."""
+        for line in self.message.splitlines():
+            click.echo(f"Error: {line}", file=file, err=True)
+
+
+class Failed(Refused):
+    """The same of what should not have happened: exit code 5."""
+
+    exit_code = 5
+
+
+def load_job(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
+    """The job of a file with overrides on top, or the command ends with what is wrong."""
+    from jobs.spec import JobError, load
+    from runner.launch import here
+
+    try:
+        return load(path, overrides=overrides, environment=here() if from_env else None)
+    except JobError as error:
+        raise Refused(str(error)) from error
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    click.echo(f"headroom: {text}", err=True)
+
+
+def print_json(data: Any) -> None:
+    """The result for a program."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def console() -> "Console":
+    """Where tables are printed."""
+    from rich.console import Console
+
+    # Without a terminal nothing is cut to a width of 80.
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+
+
+def raw(name: Literal["stdout", "stderr"]) -> BinaryIO:
+    """The stream without a buffer of its own: what was written is there, whatever comes."""
+    stream = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
+    return cast("BinaryIO", getattr(stream, "raw", stream))

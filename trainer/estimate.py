@@ -1,0 +1,92 @@
+"""What a program would reserve, by a formula: for `headroom plan --quick`, and to sort candidates.
+
+The formula of layer_major's update names what fills its heap when it is fullest; it is within 7 %
+of the compiler's figure for the rows of docs/memory.md. The reference's is one measured ratio, the
+sampler's a sum of caches: take them for an order of magnitude.
+"""
+
+import math
+from dataclasses import dataclass
+
+from jobs.spec import Job
+from trainer import budget
+from trainer.architecture import Architecture, leaf_shapes, parameter_count
+from trainer.buffers import ProgramMemory
+
+# Arrays of the MLP's width that one micro-batch keeps inside a layer: 0.30 GiB of row 7b.
+_MLP_WIDE = 5
+# Of the whole model in bf16, 14.19 GiB for 7B: 7.50 with single layers, whose gathered weights XLA
+# keeps until the backward pass; about 18.0 where layers are stacked (a prototype's).
+_REFERENCE_RATIO = {"per_layer": 7.50 / 14.19, "stacked": 18.0 / 14.19}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program's memory, and who says so.
+
+    Attributes:
+        memory: on one chip.
+        estimated: by a formula here, not by the compiler.
+    """
+
+    memory: ProgramMemory
+    estimated: bool
+
+
+def estimate(job: Job, architecture: Architecture, program: str) -> Program:
+    """The memory of a job's program: update, sampler or hand_over."""
+    makers = {"update": _update, "sampler": _sampler, "hand_over": _hand_over}
+    arguments, outputs, reserved = makers[program](job, architecture)
+    memory = ProgramMemory(
+        arguments_bytes=arguments,
+        outputs_bytes=outputs,
+        reserved_bytes=reserved,
+        code_bytes=None,
+        host_bytes=budget.state_bytes(job, architecture).host_bytes,
+        peak=(),
+        fragmentation_bytes=0,
+    )
+    return Program(memory=memory, estimated=True)
+
+
+def _update(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    a, devices = architecture, job.target.devices
+    arguments = sum(budget.state_bytes(job, a).owners.values()) + budget.batch_bytes(job)
+    whole = 2 * parameter_count(a)  # bf16
+    if job.update.design == "reference":
+        return arguments, 0, int(_REFERENCE_RATIO[job.update.layers] * whole)
+    r, per_row = job.rollout, job.sequences_per_row
+    row_tokens = r.max_prompt_tokens + per_row * r.max_completion_tokens
+    tokens = job.sequences_per_step // per_row // devices * row_tokens
+    at_once = job.micro_batch_size // per_row // devices * row_tokens
+    layer_inputs = (a.layers + 1) * tokens * a.embed * 2  # and the gradient of one layer's
+    layer = _layer_parameters(a) * (4 + 2)  # f32 gradient, gathered bf16 weights
+    inside = _MLP_WIDE * at_once * a.mlp * 2
+    kept = whole // devices if job.update.clip == "global" else 0
+    return arguments, 0, layer_inputs + layer + inside + kept
+
+
+def _layer_parameters(architecture: Architecture) -> int:
+    return sum(
+        math.prod(shape[1:])
+        for path, shape in leaf_shapes(architecture).items()
+        if path[0] == "layers"
+    )
+
+
+def _sampler(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    a, r, devices = architecture, job.rollout, job.target.devices
+    heads = a.kv_heads // devices if a.kv_heads % devices == 0 else a.kv_heads
+    token = heads * a.head_dim * a.layers * 2 * (2 if r.dtype == "bfloat16" else 4)
+    completions = job.sequences_per_step * r.max_completion_tokens * token
+    prompts = r.prompts_per_step * r.max_prompt_tokens * token
+    logits = 3 * job.sequences_per_step * a.vocab * 4  # scores, noise, their sum
+    arguments = budget.sampler_bytes(job, a) + budget.request_bytes(job)
+    # The loop's carry is an output to XLA, and its first value lies beside it.
+    return arguments, completions, completions + prompts + logits
+
+
+def _hand_over(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    owners = budget.state_bytes(job, architecture).owners
+    parameters = sum(size for owner, size in owners.items() if owner.startswith("parameters"))
+    return parameters, budget.sampler_bytes(job, architecture), 0
