@@ -158,7 +158,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
     with Interrupts() as interrupts:
         from rich.console import Console
 
-        from runner import archive, launch
+        from runner import archive, environment, launch
         from runner.progress import log_stream
         from runner.provenance import checkout
 
@@ -167,7 +167,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
             client, why = launch.place(where, job)
             say(f"running in {why}")
             kind = "process" if client is None else "docker"
-            code = checkout(launch.CODE)
+            code = checkout(environment.CODE)
             _leave_if_asked(interrupts.numbers)
             stream = raw("stderr" if as_json else "stdout")
             steps = job.steps if verb == "train" else None
@@ -183,7 +183,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
                     client=client,
                     out=out,
                     say=say,
-                    trainer=launch.TRAINER if world.trainer is None else world.trainer,
+                    trainer=environment.TRAINER if world.trainer is None else world.trainer,
                     interrupts=interrupts,
                 )
         except (launch.HostNotFit, OSError) as error:

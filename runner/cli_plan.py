@@ -64,7 +64,7 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     headroom plan jobs/smoke.yaml --accelerator v4-8 --set rollout.prompts_per_step=4
     """
     from runner import plan_table, planning
-    from runner.launch import TRAINER
+    from runner.environment import TRAINER
     from runner.watch import Interrupts
 
     own = () if accelerator is None else (f"accelerator={accelerator}",)

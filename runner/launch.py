@@ -1,14 +1,13 @@
 """Start `python -m trainer VERB job.json` in a process or a container, and see it to its end.
 
-The one file of the runner that reads the environment. What a job may see of it is spelled out here:
-names that say where things are on this machine, and the names in `container.pass_env`.
+What it may see of this machine's environment is spelled out in environment.py.
 """
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,56 +18,19 @@ from jobs.spec import Job
 from runner import container, ending, supervise
 from runner.archive import RunDir, now
 from runner.conclude import conclude
+from runner.environment import TRAINER, container_environment, here, process_environment, unset
 from runner.process import ProcessTask
 from runner.provenance import installed_packages
-from runner.watch import Follower, Interrupts, Sink, Task, describe, watch
+from runner.watch import Follower, Interrupts, Say, Sink, Task, describe, watch
 
 Where = Literal["auto", "process", "docker"]
-Say = Callable[[str], None]
 
-# Beside this runner lies the trainer of the same commit; -P: a trainer/ in the user's folder is not
-# ours.
-CODE = Path(__file__).resolve().parents[1]
-TRAINER = (sys.executable, "-P", "-m", "trainer")
-
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-_PROXY_NAMES = frozenset({*_PROXIES, *(name.upper() for name in _PROXIES)})
-_PERSON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ")
-_PLACES = ("PATH", "TMPDIR", "LD_LIBRARY_PATH")
-_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-_HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE")
-_HOST_PREFIXES = ("LC_", "XDG_")
 # How long a reader of a stopped run's output is waited for.
 _PATIENCE_S = 5.0
 
 
 class HostNotFit(Exception):  # noqa: N818 - the design's name
     """This machine cannot run the job as asked; the message says what would help."""
-
-
-def here() -> Mapping[str, str]:
-    """The environment that the command was started in."""
-    return os.environ
-
-
-def process_environment(environment: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
-    """What a job in a process sees: this machine's places, and what the job names. Nothing else."""
-    names = {*_PERSON, *_PLACES, *_CERTIFICATES, *_HUB, *_PROXY_NAMES, *pass_env}
-    kept = {k: v for k, v in environment.items() if k in names or k.startswith(_HOST_PREFIXES)}
-    return {**kept, "PYTHONPATH": str(CODE), "PYTHONUNBUFFERED": "1"}
-
-
-def container_environment(
-    environment: Mapping[str, str], pass_env: Iterable[str]
-) -> dict[str, str]:
-    """What a job in a container sees of this machine: its proxies, and what the job names."""
-    names = {*_PROXY_NAMES, *pass_env}
-    return {k: v for k, v in environment.items() if k in names}
-
-
-def unset(environment: Mapping[str, str], pass_env: Iterable[str]) -> list[str]:
-    """Names the job may see that have no value here."""
-    return [name for name in pass_env if name not in environment]
 
 
 def place(

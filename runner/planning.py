@@ -21,8 +21,8 @@ from pydantic import TypeAdapter
 from jobs.records import JOB_FILE, PLAN_FILE, ExitStatus, MemoryPlan
 from jobs.spec import Job
 from runner import ending
-from runner.launch import TRAINER, Say, here, process_environment
-from runner.watch import Interrupts, watch
+from runner.environment import TRAINER, here, process_environment
+from runner.watch import Interrupts, Say, watch
 
 DOES_NOT_FIT = 3
 _WROTE_A_PLAN = (0, DOES_NOT_FIT)

@@ -53,7 +53,7 @@ class Failed(Refused):
 def load_job(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job":
     """The job of a file with overrides on top, or the command ends with what is wrong."""
     from jobs.spec import JobError, load
-    from runner.launch import here
+    from runner.environment import here
 
     try:
         return load(path, overrides=overrides, environment=here() if from_env else None)

@@ -11,6 +11,8 @@ from typing import Protocol, Self
 from jobs.records import ExitStatus
 from runner.ending import signal_name
 
+Say = Callable[[str], None]  # is told what a person should know
+
 _POLL_S = 0.1
 _CHUNK_BYTES = 1 << 16
 

@@ -15,7 +15,7 @@ from docker.errors import NotFound
 from fakes import trainer, write_job
 
 from jobs.spec import load
-from runner import archive, launch
+from runner import archive, environment, launch
 from runner import status as state
 from runner.container import NoDaemonError
 from runner.process import ProcessTask
@@ -73,8 +73,8 @@ def test_the_trainer_is_given_its_verb_and_the_job_by_its_whole_path(tmp_path):
 
 
 def test_the_default_trainer_is_the_one_beside_this_runner():
-    assert list(launch.TRAINER) == [sys.executable, "-P", "-m", "trainer"]
-    assert (launch.CODE / "trainer" / "__init__.py").is_file()
+    assert list(environment.TRAINER) == [sys.executable, "-P", "-m", "trainer"]
+    assert (environment.CODE / "trainer" / "__init__.py").is_file()
 
 
 def test_a_log_of_200000_lines_is_whole_in_the_file_and_on_the_terminal(tmp_path):
@@ -166,13 +166,13 @@ def test_the_job_sees_the_places_of_this_machine_and_no_more():
         "HF_TOKEN": "t", "BATCH_SIZE": "32", "SGLANG_JAX_PAGE_SIZE": "1", "WANDB_API_KEY": "w",
         "PYTHONPATH": "/theirs", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "-x", "LD_PRELOAD": "/x",
     }  # fmt: skip
-    seen = launch.process_environment(told, ["HF_TOKEN", "NOT_SET"])
-    ours = {"PYTHONPATH": str(launch.CODE), "PYTHONUNBUFFERED": "1"}
+    seen = environment.process_environment(told, ["HF_TOKEN", "NOT_SET"])
+    ours = {"PYTHONPATH": str(environment.CODE), "PYTHONUNBUFFERED": "1"}
     kept = (
         "PATH HOME LANG LC_ALL XDG_CACHE_HOME HF_HOME SSL_CERT_FILE https_proxy NO_PROXY HF_TOKEN"
     )
     assert seen == {name: told[name] for name in kept.split()} | ours
-    inside = launch.container_environment(told, ["HF_TOKEN", "NOT_SET"])
+    inside = environment.container_environment(told, ["HF_TOKEN", "NOT_SET"])
     assert inside == {name: told[name] for name in ("https_proxy", "NO_PROXY", "HF_TOKEN")}
 
 
