@@ -4,6 +4,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from runner.terminal import (
     print_json,
     say,
 )
+
+if TYPE_CHECKING:
+    from jobs.records import MemoryPlan
 
 
 @click.command()
@@ -35,6 +39,8 @@ from runner.terminal import (
 )
 @click.option("--no-advice", is_flag=True, help="Do not look for what would help.")
 @click.option("--what-if", type=click.Choice(["accelerators"]), help="A line for each TPU type.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the ledger into this file.")
+@click.option("--html", type=click.Path(path_type=Path), help="The same, with every number.")
 @click.option("--limit", default=900.0, show_default=True, help="Seconds for all of it.")
 @json_option
 @pass_world
@@ -49,6 +55,8 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     engine_weights: str,
     no_advice: bool,
     what_if: str | None,
+    png: Path | None,
+    html: Path | None,
     limit: float,
     as_json: bool,
 ) -> None:
@@ -62,11 +70,14 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     \b
     headroom plan jobs/sop_bs32_len1024.yaml
     headroom plan jobs/smoke.yaml --accelerator v4-8 --set rollout.prompts_per_step=4
+    headroom plan jobs/sop_smoke.yaml --quick --html plan.html
     """
-    from runner import plan_table, planning
+    from runner import planning
     from runner.environment import TRAINER
     from runner.watch import Interrupts
 
+    if what_if is not None and (png or html):
+        raise click.UsageError("--png and --html draw one plan, --what-if makes many")
     own = () if accelerator is None else (f"accelerator={accelerator}",)
     job = load_job(job_file, (*overrides, *own), from_env=from_env)
     asked = planning.Asked(
@@ -87,12 +98,31 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     except planning.PlanStoppedError as error:
         say(str(error))
         sys.exit(128 + error.number)
+    _show(plans, as_json=as_json, what_if=asked.what_if)
+    _draw(plans[0], png=png, html=html)
+    fits = any(one.verdict == "fits" for one in plans)
+    sys.exit(0 if fits else planning.DOES_NOT_FIT)
+
+
+def _show(plans: "list[MemoryPlan]", *, as_json: bool, what_if: bool) -> None:
+    from runner import plan_table
+
     if as_json:
         data = [one.model_dump(mode="json") for one in plans]
-        print_json(data if asked.what_if else data[0])
-    elif asked.what_if:
+        print_json(data if what_if else data[0])
+    elif what_if:
         plan_table.print_what_if(plans, console())
     else:
         plan_table.print_plan(plans[0], console())
-    fits = any(one.verdict == "fits" for one in plans)
-    sys.exit(0 if fits else planning.DOES_NOT_FIT)
+
+
+def _draw(plan: "MemoryPlan", *, png: Path | None, html: Path | None) -> None:
+    from runner import plan_chart
+
+    try:
+        if png is not None:
+            plan_chart.write_png(plan, png)
+        if html is not None:
+            plan_chart.write_html(plan, html)
+    except (plan_chart.NoPicturesError, OSError) as error:
+        raise Refused(str(error)) from error

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -204,3 +205,31 @@ def test_neither_jax_nor_docker_is_imported_for_the_help():
 def test_the_record_survives_its_json():
     plan = MemoryPlan.model_validate(PLAN)
     assert MemoryPlan.model_validate_json(json.dumps(plan.model_dump(mode="json"))) == plan
+
+
+def test_the_picture_is_a_png_and_the_page_has_every_number_and_nothing_of_it_is_markup(tmp_path):
+    changed = {"phases": {"load": {"moments": 7 * GIB}, "update": {"<b>batch": GIB // 2}}}
+    png, html = tmp_path / "plan.png", tmp_path / "plan.html"
+    code = WRITES.format(plan=PLAN | changed, code=3)
+    call(tmp_path, code, "--png", str(png), "--html", str(html))
+    image = png.read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", image[16:24])
+    assert width > 400
+    assert height > 300
+    page = html.read_text()
+    assert "<td>load</td><td>moments</td><td>7.000</td>" in page
+    assert "<td>update</td><td>&lt;b&gt;batch</td><td>0.500</td>" in page
+    assert "<b>batch" not in page
+    assert page.count("<svg") == 1
+    assert "short by 2.14 GiB" in page
+
+
+def test_pictures_of_many_plans_or_where_none_can_be_written_are_refused(tmp_path):
+    code = WRITES.format(plan=PLAN, code=3)
+    many = call(tmp_path, code, "--what-if", "accelerators", "--png", str(tmp_path / "x.png"))
+    assert many.exit_code == 2
+    nowhere = call(tmp_path, code, "--png", str(tmp_path / "none" / "x.png"))
+    assert nowhere.exit_code == 1
+    assert "Traceback" not in nowhere.output
+    assert str(tmp_path / "none") in nowhere.stderr
