@@ -7,7 +7,7 @@ for people says GiB, through `gib`.
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 JOB_FILE = "job.json"
 MANIFEST_FILE = "manifest.json"
@@ -16,6 +16,7 @@ STEPS_FILE = "steps.jsonl"
 HBM_FILE = "hbm.jsonl"
 FAILURE_FILE = "failure.json"
 PLAN_FILE = "plan.json"
+FIT_FILE = "fit.json"
 DIAGNOSIS_FILE = "diagnosis.json"
 
 
@@ -354,3 +355,66 @@ class MemoryPlan(Record):
     advice: list[Advice] = []
     assumptions: list[str] = []
     versions: dict[str, str] = {}
+
+
+class FitChange(Record):
+    """A key that `headroom fit` changed.
+
+    Attributes:
+        key: dotted, as --set has it.
+        old: as the job asked.
+        new: as it fits.
+        why: what the change does.
+        saves_bytes: of the peak, by formulas, against the same job with `old`.
+        saves_s: of the modelled step, the same.
+        price: what it costs, in exactness or work.
+    """
+
+    key: str
+    old: JsonValue
+    new: JsonValue
+    why: str
+    saves_bytes: int
+    saves_s: float
+    price: str
+
+
+class FitPoint(Record):
+    """Settings than which none is both faster, by the model, and smaller, by formulas."""
+
+    settings: list[str]
+    step_s: float
+    peak_bytes: int
+    fits: bool  # with the margin
+    exact: bool  # no change alters the mathematics
+    runs: bool  # the trainer of this version has the engine
+
+
+class Fit(Record):
+    """The fastest setting of a job that fits: fit.json. Times are a model's, never measured.
+
+    Attributes:
+        job: the job's name.
+        accelerator: searched for.
+        margin_bytes: to be left of a chip's usable HBM.
+        changes: of the job; empty where it is best as it is, or nothing fits.
+        plan: of the job with them; None where nothing fits.
+        step: modelled seconds of a step, by part.
+        asked_step_s: of the job as it was.
+        front: fastest first.
+        shortfall_bytes: of the smallest setting, margin included; None where one fits.
+        smallest_accelerator: on which a setting would fit; None where one fits, or on none.
+        notes: what the answer takes for granted.
+    """
+
+    job: str
+    accelerator: str
+    margin_bytes: int
+    changes: list[FitChange] = []
+    plan: MemoryPlan | None = None
+    step: dict[str, float] = {}
+    asked_step_s: float
+    front: list[FitPoint] = []
+    shortfall_bytes: int | None = None
+    smallest_accelerator: str | None = None
+    notes: list[str] = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from runner.cli_fit import fit
 from runner.cli_plan import plan
 from runner.terminal import (
     Refused,
@@ -407,3 +408,4 @@ def _print_diagnosis(diagnosis: "Diagnosis", *, as_json: bool) -> None:
 
 
 main.add_command(plan)
+main.add_command(fit)

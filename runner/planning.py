@@ -11,14 +11,15 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
 from pydantic import TypeAdapter
 
-from jobs.records import JOB_FILE, PLAN_FILE, ExitStatus, MemoryPlan
+from jobs.records import FIT_FILE, JOB_FILE, PLAN_FILE, ExitStatus, Fit, MemoryPlan
 from jobs.spec import Job
 from runner import ending
 from runner.environment import TRAINER, here, process_environment
@@ -78,6 +79,33 @@ def plan_argv(trainer: Sequence[str], job_file: Path, asked: Asked) -> list[str]
     return argv + (["--what-if", "accelerators"] if asked.what_if else [])
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitAsked:
+    """How to look for a setting that fits.
+
+    Attributes:
+        margin_gib: to be left of a chip.
+        exact: change nothing that alters the mathematics.
+        quick: by formulas alone, without the compiler.
+        engine_weights: sharded or replicated, see the trainer's budget.
+        limit_s: seconds for all of it.
+    """
+
+    margin_gib: float
+    exact: bool
+    quick: bool
+    engine_weights: str
+    limit_s: float
+
+
+def fit_argv(trainer: Sequence[str], job_file: Path, asked: FitAsked) -> list[str]:
+    """The child's command."""
+    argv = [*trainer, "fit", str(job_file), "--limit", f"{asked.limit_s:g}"]
+    argv += ["--engine-weights", asked.engine_weights, "--margin", f"{asked.margin_gib:g}"]
+    argv += ["--quick"] if asked.quick else []
+    return argv + (["--exact"] if asked.exact else [])
+
+
 class _Planner:
     """The child, as `watch` stands by it."""
 
@@ -112,12 +140,40 @@ def plan(
     Raises:
         PlanRefusedError, PlanFailedError, PlanStoppedError: there is none.
     """
+    argv = partial(plan_argv, trainer, asked=asked)
+    text = _child(job, argv, PLAN_FILE, asked.limit_s, say=say, interrupts=interrupts)
+    return _PLANS.validate_json(text if text.startswith("[") else f"[{text}]")
+
+
+def fit(
+    job: Job, asked: FitAsked, *, say: Say, interrupts: Interrupts, trainer: Sequence[str] = TRAINER
+) -> Fit:
+    """The fastest setting of a job that fits.
+
+    Raises:
+        PlanRefusedError, PlanFailedError, PlanStoppedError: nothing was found out.
+    """
+    argv = partial(fit_argv, trainer, asked=asked)
+    text = _child(job, argv, FIT_FILE, asked.limit_s, say=say, interrupts=interrupts)
+    return Fit.model_validate_json(text)
+
+
+def _child(
+    job: Job,
+    argv: Callable[[Path], list[str]],
+    result: str,
+    limit_s: float,
+    *,
+    say: Say,
+    interrupts: Interrupts,
+) -> str:
+    """The text of the file that the trainer's verb leaves."""
     with tempfile.TemporaryDirectory(prefix="headroom-plan-") as name:
         folder = Path(name)
         job_file = folder / JOB_FILE
         job_file.write_text(job.to_json(), encoding="utf-8")
         child = subprocess.Popen(
-            plan_argv(trainer, job_file, asked),
+            argv(job_file),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -127,7 +183,7 @@ def plan(
             cwd=folder,
             start_new_session=True,
         )
-        planner = _Planner(child, limit_s=asked.limit_s)
+        planner = _Planner(child, limit_s=limit_s)
         refusals, last = list[str](), list[str]()
         stream = cast("IO[str]", child.stdout)
         reader = threading.Thread(target=_read, args=(stream, refusals, last, say), daemon=True)
@@ -140,14 +196,13 @@ def plan(
         if interrupts.numbers:
             raise PlanStoppedError(interrupts.numbers[0])
         if planner.late:
-            raise PlanFailedError(f"planning took more than {asked.limit_s:g} s: raise --limit")
+            raise PlanFailedError(f"planning took more than {limit_s:g} s: raise --limit")
         if status.code == ending.REFUSED and refusals:
             raise PlanRefusedError("\n".join(refusals))
         if status.code not in _WROTE_A_PLAN or status.signal:
             how = status.signal or f"exit status {status.code}"
             raise PlanFailedError(f"the planner ended with {how}: {' | '.join(last) or 'no word'}")
-        text = (folder / PLAN_FILE).read_text(encoding="utf-8")
-    return _PLANS.validate_json(text if text.startswith("[") else f"[{text}]")
+        return (folder / result).read_text(encoding="utf-8")
 
 
 def _read(stream: IO[str], refusals: list[str], last: list[str], say: Say) -> None:

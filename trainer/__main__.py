@@ -17,8 +17,9 @@ from jobs.spec import Job, JobError, load
 from trainer import libtpu
 from trainer.refusal import Refusal
 
-VERBS = ("train", "evaluate", "plan")
-USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json [plan's options]"
+VERBS = ("train", "evaluate", "plan", "fit")
+_PLANS = ("plan", "fit")
+USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json [options]"
 # 70 is EX_SOFTWARE: Python's own code for an uncaught exception is 1, which is a refusal here.
 REFUSED, WRONG_USAGE, FAILED = 1, 2, 70
 
@@ -71,12 +72,16 @@ def run(verb: str, job: Job, run_dir: Path) -> None:
         raise
 
 
-def plan(job: Job, folder: Path, argv: list[str]) -> int:
-    """Plan a job: nothing runs, and no chip is touched. 0 fits, 3 does not."""
+def plan(verb: str, job: Job, folder: Path, argv: list[str]) -> int:
+    """Plan a job, or make it fit: nothing runs, no chip is touched. 0 fits, 3 does not."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.update(libtpu.SETTINGS)  # libtpu reads them when it is first asked
     from trainer import plan as planning
 
+    if verb == "fit":
+        from trainer import fit
+
+        return fit.main(job, folder, fit.options_of(argv))
     return planning.main(job, folder, planning.options_of(argv))
 
 
@@ -102,15 +107,16 @@ def main(argv: list[str]) -> int:
     for name in ("jax", "absl", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     options = len(argv) > len(("verb", "job"))
-    if len(argv) < len(("verb", "job")) or argv[0] not in VERBS or (options and argv[0] != "plan"):
+    known = len(argv) >= len(("verb", "job")) and argv[0] in VERBS
+    if not known or (options and argv[0] not in _PLANS):
         log.error("%s", USAGE)
         return WRONG_USAGE
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     path = Path(argv[1])
     try:
-        if argv[0] == "plan":
-            return plan(load(path), path.parent, argv[2:])
+        if argv[0] in _PLANS:
+            return plan(argv[0], load(path), path.parent, argv[2:])
         run(argv[0], load(path), path.parent)
     except (JobError, Refusal) as error:
         return _refuse(str(error))

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 DUMPED = "after_optimizations-buffer-assignment.txt"  # the end of the dump file's name
 
@@ -203,6 +204,7 @@ def _peak(
     return tuple(kinds), sum(b - a for a, b in taken)
 
 
+@cache  # a search for what fits asks for the same few shapes a million times
 def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
     """HBM that an array of a TPU program takes, in the layout that XLA gives arguments.
 

@@ -30,8 +30,11 @@ _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
 
 # They count and say; no program is made of them.
 PLANNING = frozenset(
-    {"budget.py", "estimate.py", "ledger.py", "plan.py", "remedies.py", "records.py"}
-)
+    {
+        "budget.py", "choices.py", "estimate.py", "fit.py", "ledger.py", "plan.py", "records.py",
+        "remedies.py", "timemodel.py",
+    }
+)  # fmt: skip
 
 Compile = Callable[[Job, Architecture, str, float], ProgramMemory]
 Say = Callable[[str], None]

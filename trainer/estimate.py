@@ -15,9 +15,13 @@ from trainer.buffers import ProgramMemory
 
 # Arrays of the MLP's width that one micro-batch keeps inside a layer: 0.30 GiB of row 7b.
 _MLP_WIDE = 5
+# f32 arrays of the vocabulary's width, each device's share of it for all devices' tokens, that one
+# chunk of the loss keeps: 4.72 GiB in all for row 7b with chunks of 2048 tokens.
+_LOGITS = 1.6
 # Of the whole model in bf16, 14.19 GiB for 7B: 7.50 with single layers, whose gathered weights XLA
 # keeps until the backward pass; about 18.0 where layers are stacked (a prototype's).
 _REFERENCE_RATIO = {"per_layer": 7.50 / 14.19, "stacked": 18.0 / 14.19}
+_REFERENCE_TOKENS = 1536  # of a device, at once, when they were measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ def _update(job: Job, architecture: Architecture) -> tuple[int, int, int]:
     arguments = sum(budget.state_bytes(job, a).owners.values()) + budget.batch_bytes(job)
     whole = 2 * parameter_count(a)  # bf16
     if job.update.design == "reference":
-        return arguments, 0, int(_REFERENCE_RATIO[job.update.layers] * whole)
+        reserved = int(_REFERENCE_RATIO[job.update.layers] * whole)
+        return arguments, 0, reserved + _reference_tokens_bytes(job, a)
     r, per_row = job.rollout, job.sequences_per_row
     row_tokens = r.max_prompt_tokens + per_row * r.max_completion_tokens
     tokens = job.sequences_per_step // per_row // devices * row_tokens
@@ -63,7 +68,20 @@ def _update(job: Job, architecture: Architecture) -> tuple[int, int, int]:
     layer = _layer_parameters(a) * (4 + 2)  # f32 gradient, gathered bf16 weights
     inside = _MLP_WIDE * at_once * a.mlp * 2
     kept = whole // devices if job.update.clip == "global" else 0
-    return arguments, 0, layer_inputs + layer + inside + kept
+    # Or at the head, before: its f32 gradient, and scores of one chunk of all devices' tokens.
+    chunk = min(job.update.loss_chunk_tokens, tokens)
+    head = a.vocab * a.embed * 4 // devices + int(_LOGITS * chunk * a.vocab * 4)
+    return arguments, 0, layer_inputs + max(layer + inside + kept, head)
+
+
+def _reference_tokens_bytes(job: Job, a: Architecture) -> int:
+    """Of more tokens at once than the ratio was measured with: a guess."""
+    dp, fsdp, _ = job.mesh_shape
+    length = job.max_sequence_tokens
+    more = job.micro_batch_size // (dp * fsdp) * length - _REFERENCE_TOKENS
+    scores = 2 * a.heads * length * 4  # XLA's attention, f32
+    each = (a.layers + 1) * a.embed * 2 + _MLP_WIDE * a.mlp * 2 + scores
+    return max(0, more) * each
 
 
 def _layer_parameters(architecture: Architecture) -> int:
@@ -75,15 +93,26 @@ def _layer_parameters(architecture: Architecture) -> int:
 
 
 def _sampler(job: Job, architecture: Architecture) -> tuple[int, int, int]:
-    a, r, devices = architecture, job.rollout, job.target.devices
-    heads = a.kv_heads // devices if a.kv_heads % devices == 0 else a.kv_heads
-    token = heads * a.head_dim * a.layers * 2 * (2 if r.dtype == "bfloat16" else 4)
-    completions = job.sequences_per_step * r.max_completion_tokens * token
-    prompts = r.prompts_per_step * r.max_prompt_tokens * token
+    a = architecture
+    completions = job.sequences_per_step * job.rollout.max_completion_tokens * _kv_token(job, a)
     logits = 3 * job.sequences_per_step * a.vocab * 4  # scores, noise, their sum
     arguments = budget.sampler_bytes(job, a) + budget.request_bytes(job)
     # The loop's carry is an output to XLA, and its first value lies beside it.
-    return arguments, completions, completions + prompts + logits
+    return arguments, completions, kept_kv_bytes(job, a) + logits
+
+
+def kept_kv_bytes(job: Job, architecture: Architecture) -> int:
+    """Keys and values that the naive sampler keeps on one chip: a prompt's once for its group."""
+    r = job.rollout
+    tokens = r.prompts_per_step * r.max_prompt_tokens
+    tokens += job.sequences_per_step * r.max_completion_tokens
+    return tokens * _kv_token(job, architecture)
+
+
+def _kv_token(job: Job, a: Architecture) -> int:
+    devices = job.target.devices
+    heads = a.kv_heads // devices if a.kv_heads % devices == 0 else a.kv_heads
+    return heads * a.head_dim * a.layers * 2 * (2 if job.rollout.dtype == "bfloat16" else 4)
 
 
 def _hand_over(job: Job, architecture: Architecture) -> tuple[int, int, int]:
