@@ -37,6 +37,8 @@ def test_every_make_target_is_in_the_readme():
 
 def test_every_job_is_in_the_readme():
     for path in (ROOT / "jobs").glob("*.yaml"):
+        if path.name.endswith(".fit.yaml"):  # what `headroom fit` wrote here: a user's own
+            continue
         assert f"`jobs/{path.name}`" in README
 
 
