@@ -92,6 +92,11 @@ def main() -> None:
     metavar="N",
     help="Try again, up to N times, where the cause of the failure may pass by itself.",
 )
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Out of HBM: find a setting that fits (headroom fit) and run that, once.",
+)
 @_runs
 @json_option
 @pass_world
@@ -104,20 +109,22 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     where: Literal["auto", "process", "docker"],
     verb: str,
     retries: int,
+    refit: bool,
     runs: Path,
     as_json: bool,
 ) -> None:
     """Run a job to its end; its log streams here and is archived.
 
     With --retries every attempt is a run of its own. What would only fail again is not tried again:
-    a job that ran out of HBM, whatever must be cleaned up first, a mistake in the job.
+    a job that ran out of HBM, whatever must be cleaned up first, a mistake in the job. With --refit
+    a job that ran out of HBM is run once more, in a setting that fits.
 
     Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
     130 and 143 interrupted.
 
     \b
     headroom run jobs/smoke.yaml --set steps=3 --where process
-    headroom run jobs/smoke.yaml --retries 3
+    headroom run jobs/smoke.yaml --retries 3 --refit
     """
     from runner.conclude import diagnosis_of
     from runner.retry import wait_s
@@ -139,7 +146,26 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         made, manifest = _attempt(
             world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
         )
+    diagnosis = diagnosis_of(made)
+    if refit and diagnosis is not None and diagnosis.retry == "after_refit":
+        say(f"{made.name}: {diagnosis.cause}; looking for a setting that fits")
+        if (fitted := _refitted(world, made)) is not None:
+            load = partial(load_job, fitted, (), from_env=False)
+            made, manifest = _attempt(
+                world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
+            )
     sys.exit(_end(made, manifest, as_json=as_json))
+
+
+def _refitted(world: World, made: "RunDir") -> Path | None:
+    from runner import planning, refit
+    from runner.environment import TRAINER
+
+    try:
+        return refit.refit(made, say=say, trainer=world.trainer or TRAINER)
+    except planning.PlanStoppedError as error:
+        say(str(error))
+        sys.exit(128 + error.number)
 
 
 def _attempt(  # noqa: PLR0913 - the options of `run`

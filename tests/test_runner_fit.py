@@ -214,3 +214,59 @@ def test_what_cannot_be_honoured_is_refused(tmp_path, arguments, says):
     ran = call(found(SOP), SOP, "--out", tmp_path / "x.yaml", *arguments)
     assert ran.exit_code == 1
     assert says in ran.stderr
+
+
+OOM = (
+    "jaxlib._jax.XlaRuntimeError: RESOURCE_EXHAUSTED: Error loading program 'jit_training_step': "
+    "Attempting to reserve 7.82G at the bottom of memory. That was not possible. There are 5.68G "
+    "free, 0B reserved, and 5.68G reservable."
+)
+# A trainer that fits as it is told, and runs out of HBM in any setting but the fitted one.
+RUNS_WHEN_FITTED = (
+    "import json, pathlib, sys\n"
+    "verb, file = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+    "if verb == 'fit':\n"
+    "    (file.parent / 'fit.json').write_text({text!r})\n"
+    "    raise SystemExit({code})\n"
+    "if json.loads(file.read_text())['update']['design'] != 'layer_major':\n"
+    "    print({says!r})\n"
+    "    raise SystemExit(70)\n"
+)
+
+
+def run_with_refit(folder, fit, *, code=0, says=OOM):
+    program = RUNS_WHEN_FITTED.format(text=fit.model_dump_json(), code=code, says=says)
+    world = World(trainer=trainer(program))
+    argv = ["run", SOP, "--where", "process", "--runs", folder / "runs", "--refit"]
+    done = CliRunner().invoke(main, list(map(str, argv)), obj=world)
+    manifests = [json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/manifest.json"))]
+    return done, manifests
+
+
+def test_a_job_out_of_hbm_is_run_once_more_as_it_fits_and_both_runs_are_kept(tmp_path):
+    done, (first, second) = run_with_refit(tmp_path, found(SOP))
+    assert done.exit_code == 0, done.output
+    assert (first["exit_status"]["code"], second["exit_status"]["code"]) == (70, 0)
+    assert second["retry_of"] == first["run"]
+    [ran] = tmp_path.glob(f"runs/{second['run']}/job.json")
+    settings = [f"{key}={json.dumps(value)}" for key, value in NEW.items()]
+    assert spec.load(ran) == spec.load(SOP, overrides=settings)
+    assert (tmp_path / "runs" / first["run"] / "refit.yaml").is_file()
+    assert "refit: update.design = layer_major" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fit", "code", "says", "told"),
+    [
+        (found(SOP, plan=False), 3, OOM, "no refit: nothing fits v4-8: short by 2.00 GiB"),
+        (found(SOP, new={}), 0, OOM, "no refit: by the plan it fits as it is"),
+        (found(SOP), 5, OOM, "no refit: "),
+        (found(SOP), 0, "ValueError: no memory of HBM", None),
+    ],
+)
+def test_nothing_is_run_again_where_no_other_setting_is_found(tmp_path, fit, code, says, told):
+    done, manifests = run_with_refit(tmp_path, fit, code=code, says=says)
+    assert len(manifests) == 1
+    assert done.exit_code in (4, 5)
+    assert ("refit" in done.stderr) == (told is not None)
+    assert told is None or told in done.stderr
