@@ -330,6 +330,8 @@ def cancel(*, name: str, runs: Path, as_json: bool) -> None:
 def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
     """Name the cause of a failed log: of a run, of any file, or of stdin.
 
+    A job.json or plan.json beside the log (headroom plan JOB --json) gives the advice its numbers.
+
     \b
     headroom diagnose latest
     headroom diagnose old/run.log --json
@@ -340,6 +342,7 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
     from runner.show import blocks
 
     # A file may be a pipe: `diagnose <(kubectl logs ...)`.
+    known: dict[str, Any] = {}
     if log != "-" and (Path(log).is_dir() or not Path(log).exists()):
         try:
             found, manifest = _with_log(runs, log)
@@ -353,7 +356,8 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
         stream = sys.stdin.buffer
     else:
         stream = blocks(Path(log), ended=(lambda: False) if follow else None)
-    for diagnosis in find_causes(stream) if follow else [find_cause(stream)]:
+        known = conclude.beside(Path(log).parent)
+    for diagnosis in find_causes(stream) if follow else [find_cause(stream, **known)]:
         _print_diagnosis(diagnosis, as_json=as_json)
 
 

@@ -1,6 +1,9 @@
 """Close a run that has ended: its archive, and the named cause where it failed."""
 
-from jobs.records import Diagnosis, ExitStatus, Manifest
+from pathlib import Path
+from typing import Any
+
+from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner.archive import RunDir, write_whole
 from runner.diagnose import diagnose
 
@@ -17,13 +20,19 @@ def conclude(run: RunDir, status: ExitStatus) -> Manifest:
     return manifest
 
 
+def beside(folder: Path) -> dict[str, Any]:
+    """The job and the plan that lie beside a log, as `diagnose` takes them; None where not."""
+    run = RunDir(folder)
+    return {"job": run.read_json(run.job_file), "plan": run.read_json(folder / PLAN_FILE)}
+
+
 def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
-    """The named cause of a run's log, told with the run's own job."""
+    """The named cause of a run's log, told with the run's own job, and its plan if there is one."""
     with run.log_file.open("rb") as log:
         found = diagnose(
             log,
             exit_status=manifest.exit_status,
-            job=run.read_json(run.job_file),
+            **beside(run.path),
         )
     refused = manifest.exit_status is not None and manifest.exit_status.reason == "refused"
     if found.cause != "unknown" or not (refused and (said := run.refusals())):

@@ -8,7 +8,9 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, cast
 
-from jobs.records import Diagnosis, ExitStatus, gib
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.records import Advice, Diagnosis, ExitStatus, gib
 from runner.cause import Cause
 from runner.causes import KEY_PHRASES, KEY_WORDS
 from runner.excerpt import Excerpt, one_search, physical_lines
@@ -154,7 +156,7 @@ def _diagnosis(
         advice=[
             *([verdict.largest] if verdict.largest else []),
             *_of_job(cause, job),
-            *_of_plan(told, plan),
+            *_of_plan(cause, told, plan),
             *cause.advice,
         ],
         retry=cause.retry,
@@ -187,14 +189,30 @@ def _of_job(cause: Cause, job: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"This job has {', '.join(now)}."
 
 
+def _changes(advice: Any) -> list[Advice]:
+    """Those of a plan with which the job fits; none of what another version wrote otherwise."""
+    try:
+        return [one for one in TypeAdapter(list[Advice]).validate_python(advice or []) if one.fits]
+    except ValidationError:
+        return []
+
+
 def _of_plan(
-    told: Mapping[str, int | float | str], plan: Mapping[str, Any] | None
+    cause: Cause, told: Mapping[str, int | float | str], plan: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """What the plan had promised, beside what the log says."""
-    if plan is None or "requested_bytes" not in told:
+    """What the plan had promised, beside what the log says, and the changes that it had planned."""
+    if plan is None or cause.retry != "after_refit":
         return
     promised = plan.get("headroom_bytes")
-    if isinstance(promised, int):
+    if isinstance(promised, int) and promised < 0:
+        yield f"The plan had said so: short by {gib(-promised)} a chip."
+    for change in _changes(plan.get("advice")):
+        options = " ".join(f"--set {setting}" for setting in change.settings)
+        yield (
+            f"{options}: {gib(change.saves_bytes)} less at the peak, then "
+            f"{gib(change.headroom_bytes)} left by the plan; price: {change.price}."
+        )
+    if isinstance(promised, int) and promised >= 0 and "requested_bytes" in told:
         yield (
             f"The plan had {gib(promised)} of headroom a chip: something is resident that it does"
             " not know of (`headroom plan` again with the packages of this run)."

@@ -465,6 +465,20 @@ def test_a_retry_runs_the_job_as_it_was_first_read(tmp_path):
     assert [json.loads(p.read_text())["seed"] for p in tmp_path.glob("runs/*/job.json")] == [5, 5]
 
 
+def test_a_plan_and_a_job_beside_a_log_give_the_advice_its_numbers(tmp_path):
+    log = tmp_path / "old.log"
+    log.write_text(OOM + "\n")
+    without = call(tmp_path, "diagnose", log).stdout
+    (tmp_path / "plan.json").write_text(json.dumps({"headroom_bytes": -(2**30)}))
+    (tmp_path / "job.json").write_text(json.dumps({"train": {"micro_batch_size": 4}}))
+    told = call(tmp_path, "diagnose", log).stdout
+    assert "The plan had said so: short by 1.00 GiB a chip." in told
+    assert "train.micro_batch_size = 4" in told
+    assert "plan had said" not in without
+    (tmp_path / "plan.json").write_text("{")
+    assert "plan had said" not in call(tmp_path, "diagnose", log).stdout
+
+
 def test_a_refused_run_is_explained_by_the_trainers_own_lines(tmp_path):
     refuses = "print('up')\nprint('Error: a = 1 is odd')\nprint('Error: b')\nraise SystemExit(1)"
     call(tmp_path, "run", write_job(tmp_path), "--where", "process", code=refuses)

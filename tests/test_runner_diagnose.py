@@ -316,6 +316,29 @@ def test_the_job_and_the_plan_give_their_numbers_to_the_advice():
     assert found(LOAD, job={}, plan={}).advice == found(LOAD).advice
 
 
+def test_the_changes_that_a_plan_has_found_to_fit_are_the_first_advice():
+    change = {
+        "settings": ["update.design=layer_major", "rollout.engine=naive"],
+        "saves_bytes": 18 * 2**30,
+        "headroom_bytes": 16 * 2**30,
+        "price": "moments in bf16",
+        "fits": True,
+        "estimated": False,
+    }
+    short = {**change, "settings": ["a=b"], "fits": False}
+    plan = {"headroom_bytes": -2 * 2**30, "advice": [short, change]}
+    advice = found(LOAD, plan=plan).advice
+    assert advice[:2] == [
+        "The plan had said so: short by 2.00 GiB a chip.",
+        "--set update.design=layer_major --set rollout.engine=naive: 18.00 GiB less at the peak, "
+        "then 16.00 GiB left by the plan; price: moments in bf16.",
+    ]
+    assert not any("a=b" in line for line in advice)
+    assert found(LOAD, plan={"advice": [{"other": 1}]}).advice == found(LOAD).advice
+    # Of no use where memory was not the cause.
+    assert not any("--set" in line for line in found("ValueError: x", plan=plan).advice)
+
+
 def test_the_largest_allocation_of_the_compiler_table_is_told():
     text = (
         "Ran out of memory in memory space hbm. Used 41.74G of 16.00G hbm."
