@@ -22,6 +22,7 @@ from runner.terminal import (
     json_option,
     load_job,
     pass_world,
+    planner_errors,
     print_json,
     raw,
     say,
@@ -158,14 +159,11 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
 
 
 def _refitted(world: World, made: "RunDir") -> Path | None:
-    from runner import planning, refit
+    from runner import refit
     from runner.environment import TRAINER
 
-    try:
+    with planner_errors():
         return refit.refit(made, say=say, trainer=world.trainer or TRAINER)
-    except planning.PlanStoppedError as error:
-        say(str(error))
-        sys.exit(128 + error.number)
 
 
 def _attempt(  # noqa: PLR0913 - the options of `run`

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from runner.terminal import (
-    Failed,
     Refused,
     World,
     console,
     json_option,
     load_job,
     pass_world,
+    planner_errors,
     print_json,
     say,
 )
@@ -84,18 +84,14 @@ def fit(  # noqa: PLR0913 - click hands in each option by its name
     trainer = TRAINER if world.trainer is None else world.trainer
     try:
         fit_file.check(file, force=force)  # before minutes of work
-        with Interrupts() as interrupts:
-            found = planning.fit(job, asked, say=say, interrupts=interrupts, trainer=trainer)
-        if found.plan is not None:
-            fit_file.write(job_file, (*overrides, *own), found, to=file, force=force)
-            say(f"wrote {file}")
-    except (planning.PlanRefusedError, fit_file.FitFileError) as error:
+        with planner_errors():
+            with Interrupts() as interrupts:
+                found = planning.fit(job, asked, say=say, interrupts=interrupts, trainer=trainer)
+            if found.plan is not None:
+                fit_file.write(job_file, (*overrides, *own), found, to=file, force=force)
+                say(f"wrote {file}")
+    except fit_file.FitFileError as error:
         raise Refused(str(error)) from error
-    except (planning.PlanFailedError, OSError) as error:
-        raise Failed(str(error)) from error
-    except planning.PlanStoppedError as error:
-        say(str(error))
-        sys.exit(128 + error.number)
     _print(found, as_json=as_json)
     sys.exit(planning.DOES_NOT_FIT if found.plan is None else 0)
 

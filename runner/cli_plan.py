@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from runner.terminal import (
-    Failed,
     Refused,
     World,
     console,
     json_option,
     load_job,
     pass_world,
+    planner_errors,
     print_json,
     say,
 )
@@ -88,16 +88,8 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
         limit_s=limit,
     )
     trainer = TRAINER if world.trainer is None else world.trainer
-    try:
-        with Interrupts() as interrupts:
-            plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=trainer)
-    except planning.PlanRefusedError as error:
-        raise Refused(str(error)) from error
-    except (planning.PlanFailedError, OSError) as error:
-        raise Failed(str(error)) from error
-    except planning.PlanStoppedError as error:
-        say(str(error))
-        sys.exit(128 + error.number)
+    with planner_errors(), Interrupts() as interrupts:
+        plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=trainer)
     _show(plans, as_json=as_json, what_if=asked.what_if)
     _draw(plans[0], png=png, html=html)
     fits = any(one.verdict == "fits" for one in plans)

@@ -5,7 +5,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
@@ -59,6 +60,22 @@ def load_job(path: Path, overrides: tuple[str, ...], *, from_env: bool) -> "Job"
         return load(path, overrides=overrides, environment=here() if from_env else None)
     except JobError as error:
         raise Refused(str(error)) from error
+
+
+@contextmanager
+def planner_errors() -> Generator[None]:
+    """What the planner raises, as its commands end with it: 1 refused, 5 failed, 128 + signal."""
+    from runner import planning
+
+    try:
+        yield
+    except planning.PlanRefusedError as error:
+        raise Refused(str(error)) from error
+    except (planning.PlanFailedError, OSError) as error:
+        raise Failed(str(error)) from error
+    except planning.PlanStoppedError as error:
+        say(str(error))
+        sys.exit(128 + error.number)
 
 
 def say(text: str) -> None:
