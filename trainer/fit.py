@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import math
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +21,26 @@ from jobs.spec import Job
 from trainer.architecture import Architecture
 from trainer.budget import EngineBuild
 from trainer.choices import ALTERS, SAYS, choices_of, pointless, value_of
-from trainer.compiled import Programs, TooLongError, compile_program
+from trainer.compiled import TooLongError
 from trainer.estimate import estimate
 from trainer.ledger import check_target, ledger, programs_of
-from trainer.plan import DOES_NOT_FIT, LIMIT_S, Memory, Options, architecture_of, changed, plan
+from trainer.plan import (
+    DOES_NOT_FIT,
+    LIMIT_S,
+    Memory,
+    Options,
+    architecture_of,
+    changed,
+    memory_of,
+    plan,
+    write_record,
+)
 from trainer.refusal import Refusal
+from trainer.rollout import ENGINES
 from trainer.timemodel import StepModel, step_model
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("naive",)  # those that the trainer of this version can run
 # The model tells no times apart that are nearer; then the fewest changes win. The compiler's own
 # cycles of docs/memory.md's row 7b are 3.30, 3.35 and 3.12 s with 8, 4 and 1 micro-batches.
 TIE = 0.05
@@ -343,13 +352,7 @@ def main(job: Job, folder: Path, options: FitOptions) -> int:
     Raises:
         Refusal: nothing can be planned.
     """
-    memory: Memory = estimate
-    if not options.quick:
-        until = time.monotonic() + options.limit_s
-        memory = Programs(say=log.info, until=until, compile_one=compile_program).of
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
     found = fit(job, options, memory)
-    file = folder / FIT_FILE
-    beside = file.with_suffix(".new")
-    beside.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
+    write_record(folder / FIT_FILE, found.model_dump_json(indent=2))
     return DOES_NOT_FIT if found.plan is None else 0

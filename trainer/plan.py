@@ -181,16 +181,28 @@ def options_of(argv: Sequence[str]) -> Options:
     )
 
 
+def memory_of(*, quick: bool, limit_s: float) -> Memory:
+    """Each program's memory by formulas, or by the compiler within so many seconds for all."""
+    if quick:
+        return estimate
+    until = time.monotonic() + limit_s
+    return Programs(say=log.info, until=until, compile_one=compile_program).of
+
+
+def write_record(file: Path, text: str) -> None:
+    """Write a record so that a reader sees all of it or none."""
+    beside = file.with_suffix(".new")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
 def main(job: Job, folder: Path, options: Options) -> int:
     """Plan, write plan.json (one record, or a list of them), and say by the code whether it fits.
 
     Raises:
         Refusal: nothing can be planned.
     """
-    memory: Memory = estimate
-    if not options.quick:
-        until = time.monotonic() + options.limit_s
-        memory = Programs(say=log.info, until=until, compile_one=compile_program).of
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
     if options.what_if:
         plans = what_if(job, options, memory)
         text = json.dumps([made.model_dump(mode="json") for made in plans], indent=2)
@@ -198,8 +210,5 @@ def main(job: Job, folder: Path, options: Options) -> int:
     else:
         made = plan(job, options, memory)
         text, fits = made.model_dump_json(indent=2), made.verdict == "fits"
-    file = folder / PLAN_FILE
-    beside = file.with_suffix(".new")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(file)
+    write_record(folder / PLAN_FILE, text)
     return 0 if fits else DOES_NOT_FIT

@@ -24,7 +24,7 @@ from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
-from trainer.rollout import Completions, Rollout
+from trainer.rollout import ENGINES, Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
 from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
@@ -133,7 +133,7 @@ def check_platform(job: Job, devices: list[Any]) -> list[Any]:
 
 def make_rollout(job: Job, model: Model, mesh: Any) -> Rollout:
     """The engine that the job names."""
-    if job.rollout.engine != "naive":
+    if job.rollout.engine not in ENGINES:
         raise EngineError(
             f"rollout.engine = {job.rollout.engine} is planned for, not built in this version: "
             "use --set rollout.engine=naive"

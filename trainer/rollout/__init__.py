@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+ENGINES = ("naive",)  # of those that a job may name, the ones that this version has
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completions:
