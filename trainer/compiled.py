@@ -31,8 +31,8 @@ _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
 # They count and say; no program is made of them.
 PLANNING = frozenset(
     {
-        "budget.py", "choices.py", "estimate.py", "fit.py", "ledger.py", "plan.py", "records.py",
-        "remedies.py", "timemodel.py",
+        "budget.py", "choices.py", "estimate.py", "fit.py", "ledger.py", "phases.py", "plan.py",
+        "records.py", "remedies.py", "timemodel.py",
     }
 )  # fmt: skip
 
@@ -137,19 +137,9 @@ def compile_program(job: Job, architecture: Architecture, name: str, limit_s: fl
         CompileError: the compiler refused, aborted or took too long.
     """
     # Imported here: what is known already needs neither JAX nor the compiler.
-    from trainer.ahead import described_devices, program_memory  # noqa: PLC0415
-    from trainer.mesh import make_mesh  # noqa: PLC0415
-    from trainer.rollout import programs  # noqa: PLC0415
-    from trainer.update.program import make_update  # noqa: PLC0415
+    from trainer.ahead import program_memory  # noqa: PLC0415
+    from trainer.lowering import lowered  # noqa: PLC0415
 
     began = time.monotonic()
-    mesh = make_mesh(job, described_devices(job.target))
-    if name == "sampler":
-        lowered = programs.lowered_sampler(job, architecture, mesh)
-    elif name == "update":
-        lowered = make_update(job, architecture, mesh).lower()
-    else:
-        update = make_update(job, architecture, mesh)
-        params = update.params(update.abstract)
-        lowered = programs.lowered_hand_over(job, architecture, mesh, params)
-    return program_memory(lowered, limit_s=max(1.0, limit_s - (time.monotonic() - began)))
+    made = lowered(job, architecture, name)
+    return program_memory(made, limit_s=max(1.0, limit_s - (time.monotonic() - began)))
