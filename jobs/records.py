@@ -333,6 +333,8 @@ class MemoryPlan(Record):
         fragmentation_bytes: of those temporaries, covered by nothing at their fullest moment.
         advice: best first; empty where the job fits, or nothing was found.
         assumptions: what the figures take for granted, with sources.
+        step: seconds of one step, by part, by a model of its shapes: never a measurement; empty
+            where the engine would not start.
         versions: of the packages that decide the figures.
     """
 
@@ -354,6 +356,7 @@ class MemoryPlan(Record):
     fragmentation_bytes: int = 0
     advice: list[Advice] = []
     assumptions: list[str] = []
+    step: dict[str, float] = {}
     versions: dict[str, str] = {}
 
 

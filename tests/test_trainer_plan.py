@@ -165,6 +165,17 @@ def test_a_job_that_fits_needs_no_advice():
     assert plan(a_job("sop_bs32_len1024", *OURS), QUICK, estimate).advice == []
 
 
+def test_a_step_s_seconds_are_told_as_a_model_and_none_where_the_engine_does_not_start():
+    made = plan(a_job("sop_bs32_len1024", *OURS), QUICK, estimate)
+    # docs/memory.md: 3.30 s of compute without attention's kernel, 3.41 ms a token.
+    assert 3.2 < made.step["update_compute_s"] < 3.7
+    assert made.step["decode_s"] == pytest.approx(1024 * 3.41e-3, rel=0.02)
+    assert any("never a measurement" in note for note in made.assumptions)
+    refused = plan(a_job("sop_bs32_len1024_mem035"), Options(quick=True, advice=False), estimate)
+    assert refused.step == {}
+    assert not any("never a measurement" in note for note in refused.assumptions)
+
+
 def test_a_change_that_contradicts_the_job_is_none():
     job = a_job("sop_bs32_len1024", "mesh.tp=4")
     assert changed(job, ["update.design=layer_major"]) is None

@@ -37,7 +37,7 @@ from trainer.plan import (
 )
 from trainer.refusal import Refusal
 from trainer.rollout import ENGINES
-from trainer.timemodel import StepModel, step_model
+from trainer.timemodel import NOTE, StepModel, step_model
 
 log = logging.getLogger(__name__)
 
@@ -297,8 +297,7 @@ def _told(
 
 def _notes(job: Job, options: FitOptions) -> list[str]:
     notes = [
-        "times are a model (trainer/timemodel.py), never a measurement: matmuls at one share of "
-        "the peak, nothing overlaps, links and PCIe at assumed speeds",
+        NOTE,
         f"of settings within {TIE:.0%} of the fastest, the one with the fewest changes is taken",
         "peaks of the front, and what a change saves, are by formulas",
     ]

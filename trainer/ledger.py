@@ -162,7 +162,7 @@ def _code(job: Job, name: str, program: Program) -> tuple[int, bool]:
     """Bytes of code, and whether they are an assumption."""
     if program.memory.code_bytes is not None:
         return program.memory.code_bytes, False
-    unrolled = name == "sampler" or (name == "update" and job.update.layers == "per_layer")
+    unrolled = name == "sampler" or (name != "hand_over" and job.update.layers == "per_layer")
     return CODE_UNROLLED if unrolled else CODE_SCANNED, True
 
 

@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.accelerators import ACCELERATORS
 from jobs.contradictions import contradictions
@@ -24,6 +25,7 @@ from trainer.ledger import check_target, ledger, programs_of
 from trainer.libtpu import versions
 from trainer.refusal import Refusal
 from trainer.remedies import remedies
+from trainer.timemodel import NOTE, step_model
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,11 @@ def plan(job: Job, options: Options, memory: Memory) -> MemoryPlan:
 def _planned(job: Job, architecture: Architecture, options: Options, memory: Memory) -> MemoryPlan:
     programs = {name: memory(job, architecture, name) for name in programs_of(job)}
     made = ledger(job, architecture, programs, build=options.build)
-    return made.model_copy(update={"versions": versions()})
+    more: dict[str, Any] = {"versions": versions()}
+    if made.verdict != "engine_refused":
+        more["step"] = step_model(job, architecture, build=options.build).parts()
+        more["assumptions"] = [*made.assumptions, NOTE]
+    return made.model_copy(update=more)
 
 
 def _advice(

@@ -45,6 +45,11 @@ _ICI = {
     "TPU7x": 200e9,
 }
 _PCIE = 8e9  # bytes/s a device and way, assumed: half of what PCIe 3.0 x16 carries
+# What to tell wherever its seconds are shown.
+NOTE = (
+    "times are a model (trainer/timemodel.py), never a measurement: matmuls at one share of the "
+    "peak, completions as long as they may be, nothing overlaps, links and PCIe at assumed speeds"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
