@@ -112,6 +112,8 @@ class Engine(Part):
     """Of the KV pool."""
     tp_size: Count | None = None
     """Chips that share one copy of the weights; all of them when unset."""
+    residency: Literal["sleep", "drop_kv", "keep"] = "sleep"
+    """Through the update. sleep: no weights, no KV pool; drop_kv: weights stay; keep: both do."""
     load_format: Literal["auto", "dummy"] = "dummy"
     """dummy: weights come from the trainer, none are read."""
     log_level: Literal["debug", "info", "warning", "error"] = "error"

@@ -24,7 +24,7 @@ from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
-from trainer.rollout import ENGINES, Completions, Rollout
+from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
 from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
@@ -35,10 +35,6 @@ log = logging.getLogger(__name__)
 
 class PlatformError(Refusal):
     """JAX runs on something else than the job's accelerator."""
-
-
-class EngineError(Refusal):
-    """The job names a rollout engine that this version does not have."""
 
 
 class LossError(FloatingPointError):
@@ -133,12 +129,12 @@ def check_platform(job: Job, devices: list[Any]) -> list[Any]:
 
 def make_rollout(job: Job, model: Model, mesh: Any) -> Rollout:
     """The engine that the job names."""
-    if job.rollout.engine not in ENGINES:
-        raise EngineError(
-            f"rollout.engine = {job.rollout.engine} is planned for, not built in this version: "
-            "use --set rollout.engine=naive"
-        )
-    return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
+    if job.rollout.engine == "naive":
+        return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
+    # Imported here: it takes seconds, and mends the library in the process.
+    from trainer.rollout.sglang.rollout import SglangRollout  # noqa: PLC0415
+
+    return SglangRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
 
 
 def train(job: Job, run_dir: FilePath, phases: Phases) -> None:
