@@ -37,6 +37,7 @@ from trainer.plan import (
 )
 from trainer.refusal import Refusal
 from trainer.rollout import ENGINES
+from trainer.rollout.sglang.settings import EngineError, check_engine
 from trainer.timemodel import NOTE, StepModel, step_model
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,13 @@ def weighed(
     with_them = changed(job, [f"{key}={json.dumps(value)}" for key, value in changes])
     if with_them is None:
         return None
-    programs = {n: estimate(with_them, architecture, n) for n in programs_of(with_them)}
+    try:
+        check_engine(with_them, architecture)
+    except EngineError:
+        return None
+    programs = {
+        n: estimate(with_them, architecture, n) for n in programs_of(with_them, architecture)
+    }
     sketch = ledger(with_them, architecture, programs, build=options.build)
     return Setting(
         job=with_them,

@@ -22,14 +22,14 @@ _GIB = 2**30
 # A program's code where none was generated, by docs/memory.md: 0.04 GiB where layers are a loop,
 # 0.23 of the sampler, in which they are unrolled twice.
 CODE_SCANNED, CODE_UNROLLED = int(0.04 * _GIB), int(0.23 * _GIB)
-# sglang-jax 0.0.2's prefill of 4096 tokens, 7B, 32 requests, v4-8, compiled ahead: temporaries
-# 0.096 GiB, code 0.158.
-ENGINE_PROGRAMS = int((0.096 + 0.158) * _GIB)
 PHASE_OF = {
     "update": "update",
     "logprobs": "update",
     "reference_logprobs": "update",
     "sampler": "rollout",
+    "engine_prefill": "rollout",
+    "engine_decode": "rollout",
+    "engine_probe": "rollout",
     "hand_over": "hand_over",
 }
 _NAMED = 0.9  # of a heap, at least, by the tensors that `why` lists
@@ -49,7 +49,7 @@ class _Known:
     residents: Residents
 
 
-def programs_of(job: Job) -> tuple[str, ...]:
+def programs_of(job: Job, architecture: Architecture) -> tuple[str, ...]:
     """The programs that a job runs and that can be compiled here."""
     found = ["update"]
     if job.needs_old_logprobs:
@@ -58,9 +58,11 @@ def programs_of(job: Job) -> tuple[str, ...]:
         found.append("reference_logprobs")
     if job.rollout.engine == "naive":
         found.append("sampler")
-        if not budget.by_reference(job):
-            found.append("hand_over")
-    return tuple(found)
+        copies = not budget.by_reference(job)
+    else:
+        found += ["engine_prefill", "engine_decode", "engine_probe"]
+        copies = budget.engine_copied_bytes(job, architecture, "sharded") > 0
+    return (*found, "hand_over") if copies else tuple(found)
 
 
 def check_target(job: Job) -> None:
@@ -139,8 +141,6 @@ def _largest(known: _Known, phase: str) -> str | None:
 
 def _running(known: _Known, phase: str) -> Owners:
     """What runs in a phase: the fullest of its programs."""
-    if known.residents.engine is not None and phase == "rollout":
-        return {"engine programs (assumed)": ENGINE_PROGRAMS}
     name = _largest(known, phase)
     return {} if name is None else _of_program(known, name)
 
@@ -150,7 +150,9 @@ def _of_program(known: _Known, name: str) -> Owners:
     program = known.programs[name]
     how = " (estimated)" if program.estimated else ""
     code, assumed = _code(known.job, name, program)
-    outputs = "sampler weights" if name == "hand_over" else f"{name} outputs{how}"
+    outputs = f"{name} outputs{how}"
+    if name == "hand_over":  # they are what stays
+        outputs = "sampler weights" if known.residents.engine is None else "engine weights"
     return {
         outputs: program.memory.outputs_bytes,
         f"{name} temporaries{how}": program.memory.reserved_bytes,
@@ -233,17 +235,21 @@ def _assumptions(known: _Known) -> list[str]:
 
 
 def _engine_assumptions(known: _Known, engine: Engine) -> list[str]:
-    whose = {"sharded": "as in the SOP's build", "replicated": "as in PyPI's 0.0.2"}
     other: EngineBuild = "replicated" if engine.build == "sharded" else "sharded"
     weights = budget.engine_weight_bytes(known.job, known.architecture, other)
     least = weights / engine.free_bytes if engine.free_bytes > 0 else 1.0
-    return [
-        "the engine starts when the state is loaded and stays awake: its weights and KV pool are "
-        "resident in every phase, and a hand-over holds its weights twice",
-        f"the engine's embedding and head are {engine.build}, {whose[engine.build]}: its weights "
-        f"take {gib(engine.weight_bytes)}; {other} ({whose[other]}) {gib(weights)}, with "
+    by_itself = "by itself" if engine.build == "sharded" else "as our hand-over lays them"
+    said = [
+        f"the engine's embedding, head and biases are {engine.build}: its weights take "
+        f"{gib(engine.weight_bytes)}; {other} (PyPI's 0.0.2 {by_itself}) {gib(weights)}, with "
         f"engine.mem_fraction_static above {least:.3f}",
-        f"the engine's programs are not compiled here: {gib(ENGINE_PROGRAMS)} while they run, as "
-        "its prefill of 4096 tokens of 7B takes; the free bytes that the runtime printed on "
-        "hardware leave no room for code that does not run",
+        "only the program that runs has code and temporaries in memory: the free bytes that the "
+        "runtime printed on hardware leave no room for others",
     ]
+    shared = engine.weight_bytes - engine.copied_bytes
+    if shared:
+        said.append(
+            f"{gib(shared)} of the engine's weights are the masters' own halves: it lets go of all "
+            "its weights through an update, whatever engine.residency says"
+        )
+    return said

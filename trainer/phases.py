@@ -20,13 +20,15 @@ class Engine:
 
     Attributes:
         build: how it lays embedding and head.
-        weight_bytes: its own copy's.
+        weight_bytes: all of its weights.
+        copied_bytes: those of them that are not the trainer's own arrays.
         free_bytes: when it starts, its weights not loaded yet.
         pool: of keys and values.
     """
 
     build: EngineBuild
     weight_bytes: int
+    copied_bytes: int
     free_bytes: int
     pool: Pool
 
@@ -69,19 +71,35 @@ def _engine(
     free = job.target.usable_hbm_bytes - sum(always.values())
     weights = budget.engine_weight_bytes(job, architecture, build)
     pool = budget.kv_pool(job, architecture, free_bytes=free, weight_bytes=weights)
-    return Engine(build=build, weight_bytes=weights, free_bytes=free, pool=pool)
+    return Engine(
+        build=build,
+        weight_bytes=weights,
+        copied_bytes=budget.engine_copied_bytes(job, architecture, build),
+        free_bytes=free,
+        pool=pool,
+    )
 
 
 def _awake(always: Owners, engine: Engine) -> Owners:
-    return {**always, "engine weights": engine.weight_bytes, "KV pool": engine.pool.size_bytes}
+    weights = {"engine weights": engine.copied_bytes} if engine.copied_bytes else {}
+    return {**always, **weights, "KV pool": engine.pool.size_bytes}
 
 
 def _with_engine(job: Job, always: Owners, engine: Engine) -> dict[str, Owners]:
+    """By engine.residency; see `SglangRollout.sleep` and `Driver.wake`."""
     awake = _awake(always, engine)
+    kept = dict(awake)
+    if job.engine.residency != "keep":
+        del kept["KV pool"]
+    # The old weights go before the new ones come: those are outputs of the hand-over's program.
+    handed = {owner: size for owner, size in kept.items() if owner != "engine weights"}
+    # Of weights by reference none may outlive a donating update, and then none is kept.
+    if job.engine.residency == "sleep" or engine.copied_bytes < engine.weight_bytes:
+        kept = handed
     return {
         "rollout": awake,
-        "update": {**awake, "batch": budget.batch_bytes(job)},
-        "hand_over": {**awake, "engine weights, new": engine.weight_bytes},
+        "update": {**kept, "batch": budget.batch_bytes(job)},
+        "hand_over": handed,
     }
 
 

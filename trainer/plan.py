@@ -25,6 +25,7 @@ from trainer.ledger import check_target, ledger, programs_of
 from trainer.libtpu import versions
 from trainer.refusal import Refusal
 from trainer.remedies import remedies
+from trainer.rollout.sglang.settings import check_engine
 from trainer.timemodel import NOTE, step_model
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def plan(job: Job, options: Options, memory: Memory) -> MemoryPlan:
 
 
 def _planned(job: Job, architecture: Architecture, options: Options, memory: Memory) -> MemoryPlan:
-    programs = {name: memory(job, architecture, name) for name in programs_of(job)}
+    check_engine(job, architecture)
+    programs = {name: memory(job, architecture, name) for name in programs_of(job, architecture)}
     made = ledger(job, architecture, programs, build=options.build)
     more: dict[str, Any] = {"versions": versions()}
     if made.verdict != "engine_refused":

@@ -194,7 +194,7 @@ def _running(job: Job, a: Architecture, build: EngineBuild) -> int:
 def _handed_over_bytes(job: Job, a: Architecture, build: EngineBuild) -> float:
     """Read and written by a device; none where the sampler reads the masters' own halves."""
     if job.rollout.engine != "naive":
-        return 2 * budget.engine_weight_bytes(job, a, build)
+        return 2 * budget.engine_copied_bytes(job, a, build)
     return 0 if budget.by_reference(job) else 2 * budget.sampler_bytes(job, a)
 
 
