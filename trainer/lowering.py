@@ -21,9 +21,17 @@ def lowered(job: Job, architecture: Architecture, program: str) -> Any:
     Raises:
         Refusal: it cannot be made for those shapes, or that accelerator.
     """
-    mesh = make_mesh(job, described_devices(job.target))
+    devices = described_devices(job.target)
+    mesh = make_mesh(job, devices)
     if program == "sampler":
         return programs.lowered_sampler(job, architecture, mesh)
+    if program in ("engine_prefill", "engine_decode"):
+        from trainer.rollout.sglang import ahead  # noqa: PLC0415 - seconds, and the engine's package
+
+        held = residents(job, architecture, build=build).engine
+        tokens = held.pool.tokens if held else 0
+        engine = ahead.Engine(job, architecture, devices, build=build)
+        return engine.lowered(prefill=program == "engine_prefill", pool_tokens=max(1, tokens))
     update = make_update(job, architecture, mesh)
     if program == "update":
         return update.lower()
@@ -32,7 +40,7 @@ def lowered(job: Job, architecture: Architecture, program: str) -> Any:
         return update.lower_logprobs(params)
     if program == "reference_logprobs":
         return update.lower_logprobs(frozen(job, params))
-    return programs.lowered_hand_over(job, architecture, mesh, params)
+    return _of_weights(job, architecture, params, program)
 
 
 def frozen(job: Job, params: Any) -> Any:
