@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from trainer.architecture import Architecture, to_hf_config
 from trainer.rollout.sampling import Drawn, Places, draw_alone
 from trainer.rollout.sglang import workarounds
 from trainer.rollout.sglang.leaves import HandOver
-from trainer.rollout.sglang.settings import EngineError, EngineFault, Settings, settings_of
+from trainer.rollout.sglang.settings import EngineError, EngineFaultError, Settings, settings_of
 
 workarounds.apply()  # before anything of the engine is imported
 
@@ -64,7 +65,7 @@ class Sampled:
         tokens: ids, with the stop token where there was one.
         logprobs: of each under logits / temperature, before top-k and top-p.
         raw_logprobs: of each under the logits as they are.
-        stopped: by a stop token, and not by its length.
+        stopped: by a stop token, be it the last that its length allows.
     """
 
     tokens: list[int]
@@ -96,12 +97,11 @@ class _Runner(ModelRunner):
     free_bytes: int | None = None
 
     def get_available_device_memory(self) -> int:
-        """Free bytes of the fullest chip; once the model is there, less the weights to come."""
-        free = get_available_device_memory(self.device, empty_cache=False)
+        """Free bytes of the fullest chip at the start; then the same, less the weights to come."""
         if self.free_bytes is None:
-            self.free_bytes = free
-            return free
-        return free - self.server_args.coming_bytes  # pyright: ignore
+            self.free_bytes = get_available_device_memory(self.device, empty_cache=False)
+            return self.free_bytes
+        return self.free_bytes - self.server_args.coming_bytes  # pyright: ignore
 
     def load_model(self) -> None:
         """Build the model of shapes: no weight is allocated."""
@@ -157,6 +157,23 @@ def _in_place_of(substitutes: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
     finally:
         for (module, name), original in before.items():
             setattr(module, name, original)
+
+
+@contextmanager
+def _cache_settings_kept() -> Iterator[None]:
+    """What a scheduler sets for the whole process, where a compile cache is in the environment."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_entry_size_bytes",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 class Driver:
@@ -248,7 +265,7 @@ class Driver:
 
         Raises:
             EngineError: a request is too long.
-            EngineFault: the engine is asleep, or fails; what an error broke stays broken.
+            EngineFaultError: the engine is asleep, or fails; what an error broke stays broken.
         """
         self._check(requests, max_tokens)
         for request in requests:
@@ -262,7 +279,7 @@ class Driver:
         while waiting:
             waiting -= self._step(found, np.float32(temperature))
         if self._scheduler.get_next_batch_to_run() is not None:
-            raise EngineFault("sglang-jax still runs a batch though every request is finished")
+            raise EngineFaultError("sglang-jax still runs a batch though every request is finished")
         self._scheduler.last_batch = None
         self._scheduler.check_memory()
         self._broken = False
@@ -270,9 +287,9 @@ class Driver:
 
     def _check(self, requests: Sequence[Request], max_tokens: int) -> None:
         if self._broken:
-            raise EngineFault("sglang-jax broke in an earlier call: start the run again")
+            raise EngineFaultError("sglang-jax broke in an earlier call: start the run again")
         if not self.runner.leaves or not self.runner.token_to_kv_pool.kv_buffer:
-            raise EngineFault("sglang-jax is asleep: hand the weights over first")
+            raise EngineFaultError("sglang-jax is asleep: hand the weights over first")
         longest = max(len(request.prompt) for request in requests)
         if longest + max_tokens > self.settings.length:
             raise EngineError(
@@ -297,18 +314,19 @@ class Driver:
     def _step(self, found: Mapping[str, Sampled], temperature: Any) -> int:
         """One batch, prefill or decode; how many requests it finished."""
         scheduler = self._scheduler
-        batch = scheduler.get_next_batch_to_run()
+        # Where the last of the running ones has finished it first notes that, and runs none.
+        batch = scheduler.get_next_batch_to_run() or scheduler.get_next_batch_to_run()
         scheduler.cur_batch = batch
         if batch is None:
-            raise EngineFault(
+            raise EngineFaultError(
                 f"sglang-jax has {len(scheduler.waiting_queue)} requests and runs none: a KV pool "
                 f"of {self.pool_tokens} tokens is too small; raise engine.max_total_tokens"
             )
         requests = list(batch.reqs)
         sampled = [found[request.rid] for request in requests]
         places = Places(
-            np.array([int(request.rid) for request in requests], np.uint32),  # pyright: ignore
-            np.array([len(one.tokens) for one in sampled], np.int32),  # pyright: ignore
+            np.array([int(request.rid) for request in requests], np.uint32),
+            np.array([len(one.tokens) for one in sampled], np.int32),
         )
         self.runner.draw = lambda logits: self._draw(logits, places, temperature)
         result = scheduler.run_batch(batch)
@@ -327,9 +345,8 @@ class Driver:
             one.tokens.append(int(request.output_ids[-1]))
             one.logprobs.append(float(logprobs[row]))
             one.raw_logprobs.append(float(raw[row]))
-            if request.finished():
-                one.stopped = request.finished_reason.to_json()["type"] == "stop"
-                finished += 1
+            one.stopped = one.tokens[-1] in self._eos
+            finished += request.finished()
         return finished
 
     def _draw(self, logits: jax.Array, places: Places, temperature: Any) -> Drawn:
@@ -362,6 +379,7 @@ def _start(
         (working, "ModelRunner"): _Runner,
         (scheduling, "create_device_mesh"): lambda **_: mesh,
         (scheduling, "set_random_seed"): lambda _: None,
+        (scheduling, "zmq"): SimpleNamespace(Context=lambda _: None),  # one would never be closed
     }
     nobody = PortArgs("", "", "", "", "", "", "")  # pyright: ignore
     with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
@@ -369,7 +387,7 @@ def _start(
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         arguments = _arguments(job, settings, folder, coming)
         try:
-            with _in_place_of(substitutes):
+            with _in_place_of(substitutes), _cache_settings_kept():
                 return _Scheduler(arguments, nobody)
         except (RuntimeError, ValueError, AssertionError) as error:
             free = get_available_device_memory(arguments.device, empty_cache=False)

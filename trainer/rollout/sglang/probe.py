@@ -14,11 +14,11 @@ from jobs.spec import Job
 from trainer.architecture import Architecture
 from trainer.model import causal_attention, decoder_layer, logits, position_angles, rms_norm
 from trainer.rollout import Completions
-from trainer.rollout.sglang.settings import EngineFault
+from trainer.rollout.sglang.settings import EngineFaultError
 from trainer.update.masters import cast
 
 TOKENS = 16  # of the first completion, at most
-# Mean |ln p_engine - ln p_trainer| that goes unremarked, nats; see docs/engine.md for what was seen.
+# Mean |ln p_engine - ln p_trainer| that goes unremarked, nats: docs/engine.md has what was seen.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 
@@ -47,7 +47,7 @@ class Probe:
             temperature: that it was sampled with; 0 is greedy.
 
         Raises:
-            EngineFault: the distance is above what rounding explains.
+            EngineFaultError: the distance is above what rounding explains.
         """
         r = self._job.rollout
         count = min(TOKENS, int(completions.lengths[0]))
@@ -60,7 +60,7 @@ class Probe:
         distance = float(np.abs(ours - completions.logprobs[0, :count]).mean())
         limit = TOLERANCE[self._job.engine.dtype]
         if not distance <= limit:  # NaN is no agreement either
-            raise EngineFault(
+            raise EngineFaultError(
                 f"sglang-jax does not have the trainer's policy: over {count} tokens its logprobs "
                 f"are {distance:.4f} nats from the trainer's, and rounding explains {limit}; "
                 "nothing was learned from them"
@@ -76,7 +76,7 @@ def token_logprobs(
     architecture: Architecture,
     dtype: Any,
 ) -> jax.Array:
-    """ln p of each token after the first, f32[batch, seq - 1], by the trainer's own functions.
+    """Logprob of each token after the first, f32[batch, seq - 1], by the trainer's own functions.
 
     Weights are cast a layer at a time, so that no copy of them all is ever made.
 

@@ -13,7 +13,7 @@ from trainer.architecture import Architecture
 from trainer.rollout import Completions
 from trainer.rollout.sglang.driver import Driver, Request, Sampled
 from trainer.rollout.sglang.probe import Probe
-from trainer.rollout.sglang.settings import VERSION, EngineFault, check_engine
+from trainer.rollout.sglang.settings import VERSION, EngineFaultError, check_engine
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class SglangRollout:
 
         Raises:
             EngineError: a prompt is too long.
-            EngineFault: the engine fails, or has not the trainer's policy.
+            EngineFaultError: the engine fails, or has not the trainer's policy.
         """
         requests = [
             Request(prompt=prompt, sequence_number=first_sequence + i * group_size + k)
@@ -106,7 +106,7 @@ class SglangRollout:
 
     def _sample(self, requests: Sequence[Request], temperature: float) -> list[Sampled]:
         if self.driver is None:
-            raise EngineFault("sglang-jax is asleep: hand the weights over first")
+            raise EngineFaultError("sglang-jax is asleep: hand the weights over first")
         most = self._job.rollout.max_completion_tokens
         return self.driver.run(requests, max_tokens=most, temperature=temperature)
 

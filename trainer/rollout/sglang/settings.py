@@ -15,7 +15,7 @@ class EngineError(Refusal):
     """The engine cannot run the job: what was asked, what it can do, what to change."""
 
 
-class EngineFault(RuntimeError):
+class EngineFaultError(RuntimeError):
     """The engine failed at work: what it said, and our numbers."""
 
 
@@ -28,7 +28,8 @@ class Settings:
         running: requests in flight at once; more wait their turn.
         length: tokens of a sequence at its longest.
         page_size: tokens of one KV page.
-        pool_tokens: of the KV pool, at most: what `running` sequences of `length` fill.
+        pool_tokens: of the KV pool, at most: what `running` sequences of `length` fill, and a page,
+            since the engine starts a sequence only where something would be left.
         prefill_tokens: of one prefill program, at most.
         prefill_paddings: tokens of the prefill programs.
         decode_paddings: requests of the decode programs.
@@ -55,7 +56,10 @@ def settings_of(job: Job) -> Settings:
     if prefill is None:
         wanted = min(_MOST_PREFILL, max(_LEAST_PREFILL, r.max_prompt_tokens))
         prefill = _up_to(1 << (max(wanted, running) - 1).bit_length(), page)
-    pool = e.max_total_tokens or running * _up_to(length, page)
+    one = _up_to(length, page)
+    pool = running * one + page if e.max_total_tokens is None else e.max_total_tokens
+    if pool >= one:
+        pool = max(pool, one + page)
     return Settings(
         tp_size=e.tp_size or job.target.devices,
         running=running,
@@ -79,9 +83,13 @@ def check_engine(job: Job, architecture: Architecture) -> None:
     Raises:
         EngineError: what it cannot do, and what to change.
     """
-    if job.rollout.engine != "sglang_jax":
-        return
-    a, s = architecture, settings_of(job)
+    if job.rollout.engine == "sglang_jax":
+        settings = settings_of(job)
+        _check_heads(job, architecture, settings)
+        _check_sizes(job, settings)
+
+
+def _check_heads(job: Job, a: Architecture, s: Settings) -> None:
     if job.target.platform == "tpu" and a.head_dim % _LANES:
         raise EngineError(
             f"{job.model} has heads of {a.head_dim}, and the TPU kernel of sglang-jax {VERSION} "
@@ -98,6 +106,14 @@ def check_engine(job: Job, architecture: Architecture) -> None:
             f"shared out over {s.tp_size} devices: use --set rollout.engine=naive, or another "
             "accelerator"
         )
+
+
+def _check_sizes(job: Job, s: Settings) -> None:
+    if s.page_size > 1 and job.target.platform != "tpu":
+        raise EngineError(
+            f"engine.page_size = {s.page_size}: sglang-jax {VERSION} computes attention over pages "
+            f"on TPU only, and accelerator = {job.accelerator}: use 1"
+        )
     if s.prefill_tokens % s.page_size:
         raise EngineError(
             f"engine.chunked_prefill_size = {s.prefill_tokens} is no multiple of engine.page_size "
@@ -109,7 +125,6 @@ def check_engine(job: Job, architecture: Architecture) -> None:
             "requests in flight, and sglang-jax pads every batch to it: raise it, or lower "
             "engine.max_running_requests"
         )
-    # A sequence's own pages, and one more of the pool's that the engine keeps for padding.
     least = _up_to(s.length, s.page_size)
     if s.pool_tokens < least:
         raise EngineError(

@@ -216,6 +216,12 @@ WORKAROUNDS = (
         how="the call is left out while the scheduler is made",
     ),
     Workaround(
+        name="cache_settings",
+        symptom="jax's compile cache keeps everything, however small, for the rest of the process",
+        cause="managers/scheduler.py:112, where JAX_COMPILATION_CACHE_DIR is set",
+        how="the driver puts the settings back",
+    ),
+    Workaround(
         name="page_padding",
         symptom="AssertionError: total_cache_loc_size, where sequences do not fill their pages",
         cause="managers/tp_worker.py:162 rounds the batch to pages, not each sequence",
