@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jobs import spec
-from trainer import train
+from trainer import budget, train
 from trainer.architecture import ARCHITECTURES, leaf_shapes
 from trainer.compiled import compile_program
 from trainer.data import abstract_batch
@@ -123,7 +123,7 @@ def test_a_second_program_of_a_phase_counts_where_it_is_the_fuller_one():
 @pytest.mark.parametrize(("design", "name", "gib"), RESERVED)
 def test_the_programs_of_logprobs_take_of_a_chip_what_the_table_says(design, name, gib):
     job = a_job(design)
-    found = compile_program(job, shape_of(job), name, 280.0)
+    found = compile_program(job, shape_of(job), name, 280.0, build="sharded")
     assert found.reserved_bytes / GIB == pytest.approx(gib, rel=0.01)
     # Weights of bf16: 28 layers of matrices and k, q, v's biases; norms in f32 or, split, twice
     # bf16. Biases of one layer, 4608 numbers, are whole on each chip. Of f32 in the reference's.
@@ -133,6 +133,84 @@ def test_the_programs_of_logprobs_take_of_a_chip_what_the_table_says(design, nam
     # One f32 a completion token of the chip's share: all of it, or of one micro-batch of four.
     rows = 8 if design == "layer_major" else 1
     assert found.outputs_bytes == rows * 1024 * 4 or found.outputs_bytes == 0
+
+
+# The engine's, 7B on v4-8: program, build, pool, arguments as in the prototype that first compiled
+# them, temporaries by the compiler, GiB.
+ENGINE = [
+    ("engine_decode", "sharded", 49152, 4.203, 0.0184, ()),
+    ("engine_prefill", "sharded", 49152, 4.203, 0.0227, ()),
+    ("engine_prefill", "replicated", 49152, 5.726, 0.0681, ("engine.chunked_prefill_size=4096",)),
+    (
+        "engine_decode",
+        "sharded",
+        49152,
+        4.205,
+        0.0184,
+        ("engine.page_size=128", "engine.chunked_prefill_size=1024"),
+    ),
+    ("engine_decode", "replicated", 8192, 5.179, 0.0229, ()),
+]
+
+
+@pytest.mark.aot
+@pytest.mark.engine
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the engine's packages on this JAX
+@pytest.mark.parametrize(("name", "build", "tokens", "arguments", "reserved", "settings"), ENGINE)
+def test_the_engine_s_programs_take_weights_pool_and_batch_to_the_byte(
+    name, build, tokens, arguments, reserved, settings
+):
+    shared = ("update.design=layer_major", "engine.mem_fraction_static=0.5")
+    shared += (f"engine.max_total_tokens={tokens}", *settings)
+    job = spec.load(JOBS / "sop_bs32_len1024.yaml", overrides=shared)
+    shape = shape_of(job)
+    found = compile_program(job, shape, name, 280.0, build=build)
+    assert found.arguments_bytes / GIB == pytest.approx(arguments, abs=6e-4)
+    # A page more than the pool's tokens, 28 layers, one KV head of 128 a chip, K and V of bf16.
+    pool = (tokens + (job.engine.page_size or 1)) * 28 * 2 * 128 * 2
+    weights = budget.engine_weight_bytes(job, shape, build)
+    given = budget.engine_request_bytes(job, prefill=name == "engine_prefill")
+    assert found.arguments_bytes == weights + pool + given
+    assert found.reserved_bytes / GIB == pytest.approx(reserved, rel=0.05)
+
+
+@pytest.mark.aot
+@pytest.mark.engine
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the engine's packages on this JAX
+@pytest.mark.parametrize(
+    ("settings", "copied", "reserved"),
+    [
+        (("update.design=reference",), 3.547, 2.008),
+        # Embedding and head are the masters' own halves: 2 x 152064 x 3584 bf16, a quarter of it.
+        (("update.design=layer_major", "update.layers=stacked"), 3.039, 0.0),
+    ],
+)
+def test_the_hand_over_to_the_engine_gives_the_weights_that_it_has_not_yet(
+    settings, copied, reserved
+):
+    job = spec.load(JOBS / "sop_bs32_len1024.yaml", overrides=settings)
+    found = compile_program(job, shape_of(job), "hand_over", 280.0, build="sharded")
+    # And a table of where the 12 leaves of 28 layers, and three more, are: 4 bytes each, by 512.
+    assert found.outputs_bytes == budget.engine_copied_bytes(job, shape_of(job), "sharded") + 1536
+    assert found.outputs_bytes / GIB == pytest.approx(copied, abs=6e-4)
+    assert found.reserved_bytes / GIB == pytest.approx(reserved, abs=0.01)
+    guess = estimate(job, shape_of(job), "hand_over").memory
+    assert guess.reserved_bytes / GIB == pytest.approx(reserved, abs=0.05)
+
+
+@pytest.mark.aot
+@pytest.mark.engine
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the engine's packages on this JAX
+@pytest.mark.parametrize(
+    ("settings", "reserved"),
+    [(("update.design=reference",), 0.620), (("update.design=layer_major",), 0.094)],
+)
+def test_the_probe_makes_no_copy_of_the_weights(settings, reserved):
+    job = spec.load(JOBS / "sop_bs32_len1024.yaml", overrides=settings)
+    found = compile_program(job, shape_of(job), "engine_probe", 280.0, build="sharded")
+    assert found.reserved_bytes / GIB == pytest.approx(reserved, rel=0.02)
+    guess = estimate(job, shape_of(job), "engine_probe").memory
+    assert guess.reserved_bytes / GIB == pytest.approx(reserved, rel=0.07)
 
 
 @pytest.mark.parametrize("design", ["layer_major", "reference"])

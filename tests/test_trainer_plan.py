@@ -46,8 +46,14 @@ def known(reserved_gib, **changes):
     return lambda *_: program
 
 
+def known_update(reserved_gib):
+    """The update takes so much, every other program a little."""
+    update, other = known(reserved_gib), known(0.02)
+    return lambda _job, _architecture, name: update() if name == "update" else other()
+
+
 def test_the_sop_s_step_3_does_not_load_and_the_numbers_are_its_logs():
-    found = plan(a_job(), Options(advice=False), known(7.82))
+    found = plan(a_job(), Options(advice=False), known_update(7.82))
     assert found.verdict == "does_not_load"
     assert found.deciding_phase == "update"
     assert found.deciding_owner == "update temporaries"
@@ -68,8 +74,8 @@ def test_every_phase_adds_up_and_the_fullest_decides():
     assert found.peak_bytes == max(totals.values())
     assert found.headroom_bytes == found.usable_bytes - found.peak_bytes
     assert totals[found.deciding_phase] == found.peak_bytes
-    # All programs take the same; the engine's batch in the update makes the difference.
-    assert found.deciding_phase == "update"
+    # All programs take the same: what the engine's prefill is given makes the difference.
+    assert found.deciding_phase == "rollout"
     assert found.verdict == "fits"
 
 

@@ -256,6 +256,18 @@ def _masters_itemsize(job: Job) -> int:
     return 4 if job.update.design == "reference" else 2
 
 
+def engine_request_bytes(job: Job, *, prefill: bool) -> int:
+    """What sglang-jax's largest prefill or decode program is given besides weights and KV pool.
+
+    Source: `ForwardBatch` and `FlashAttentionMetadata` of sglang-jax 0.0.2, less what XLA drops.
+    """
+    s = settings_of(job)
+    pages = tiled_bytes((s.running * -(-s.length // s.page_size),), 4)
+    tokens = tiled_bytes((max(s.prefill_paddings) if prefill else s.running,), 4)
+    # Lengths and their sums, and how many sequences are of which kind.
+    return pages + 2 * tokens + (5 if prefill else 4) * tiled_bytes((s.running,), 4)
+
+
 def kv_token_bytes(job: Job, architecture: Architecture) -> int:
     """HBM that one cached token takes on one chip: K and V of every layer, the heads shared out.
 

@@ -15,10 +15,12 @@ from typing import Any
 from jobs.records import gib
 from jobs.spec import Job
 from trainer.architecture import Architecture
+from trainer.budget import EngineBuild
 from trainer.buffers import ProgramMemory, Tensors
 from trainer.estimate import Program
 from trainer.ledger import PlanError
 from trainer.libtpu import versions
+from trainer.phases import residents
 
 _ROOT = Path(__file__).resolve().parents[1]
 # Parts and keys of a job that no program's memory depends on.
@@ -27,6 +29,7 @@ _NOT_READ = {
     "reward", "evaluation", "metrics", "container", "model",
 }  # fmt: skip
 _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
+_OF_THE_UPDATE = ("update", "logprobs", "reference_logprobs")  # read nothing of an engine
 
 # They count and say; no program is made of them.
 PLANNING = frozenset(
@@ -52,12 +55,14 @@ class Programs:
         say: is told a line for each program.
         until: of `time.monotonic`, when the plan must be done.
         compile_one: compiles a job's program and gives its memory within seconds.
+        build: how sglang-jax's embedding, head and biases lie.
         versions: of the compiler.
     """
 
     say: Say
     until: float
     compile_one: "Compile"
+    build: EngineBuild = "sharded"
     versions: dict[str, str] = field(default_factory=versions)
 
     def of(self, job: Job, architecture: Architecture, name: str) -> Program:
@@ -99,6 +104,9 @@ class Programs:
             key: value for key, value in read["rollout"].items() if key not in _NOT_READ_OF_ROLLOUT
         }
         said = [name, read, asdict(architecture), self.versions, sources_hash()]
+        if job.rollout.engine != "naive" and name not in _OF_THE_UPDATE:
+            held = residents(job, architecture, build=self.build).engine
+            said += [job.engine.model_dump(mode="json"), job.rollout.chunk_size, asdict(held)]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -130,7 +138,9 @@ def _write(file: Path, memory: ProgramMemory) -> None:
     beside.replace(file)
 
 
-def compile_program(job: Job, architecture: Architecture, name: str, limit_s: float) -> Any:
+def compile_program(
+    job: Job, architecture: Architecture, name: str, limit_s: float, *, build: EngineBuild
+) -> ProgramMemory:
     """Lower the very program that `train.py` runs, and compile it as far as its buffers.
 
     Raises:
@@ -141,5 +151,5 @@ def compile_program(job: Job, architecture: Architecture, name: str, limit_s: fl
     from trainer.lowering import lowered  # noqa: PLC0415
 
     began = time.monotonic()
-    made = lowered(job, architecture, name)
+    made = lowered(job, architecture, name, build=build)
     return program_memory(made, limit_s=max(1.0, limit_s - (time.monotonic() - began)))

@@ -358,7 +358,7 @@ def main(job: Job, folder: Path, options: FitOptions) -> int:
     Raises:
         Refusal: nothing can be planned.
     """
-    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s, build=options.build)
     found = fit(job, options, memory)
     write_record(folder / FIT_FILE, found.model_dump_json(indent=2))
     return DOES_NOT_FIT if found.plan is None else 0

@@ -97,7 +97,7 @@ def _with_engine(job: Job, always: Owners, engine: Engine) -> dict[str, Owners]:
     if job.engine.residency == "sleep" or engine.copied_bytes < engine.weight_bytes:
         kept = handed
     return {
-        "rollout": awake,
+        "rollout": {**awake, "request": budget.engine_request_bytes(job, prefill=True)},
         "update": {**kept, "batch": budget.batch_bytes(job)},
         "hand_over": handed,
     }

@@ -10,6 +10,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,13 @@ def options_of(argv: Sequence[str]) -> Options:
     )
 
 
-def memory_of(*, quick: bool, limit_s: float) -> Memory:
+def memory_of(*, quick: bool, limit_s: float, build: EngineBuild) -> Memory:
     """Each program's memory by formulas, or by the compiler within so many seconds for all."""
     if quick:
         return estimate
     until = time.monotonic() + limit_s
-    return Programs(say=log.info, until=until, compile_one=compile_program).of
+    compile_one = partial(compile_program, build=build)
+    return Programs(say=log.info, until=until, compile_one=compile_one, build=build).of
 
 
 def write_record(file: Path, text: str) -> None:
@@ -210,7 +212,7 @@ def main(job: Job, folder: Path, options: Options) -> int:
     Raises:
         Refusal: nothing can be planned.
     """
-    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s, build=options.build)
     if options.what_if:
         plans = what_if(job, options, memory)
         text = json.dumps([made.model_dump(mode="json") for made in plans], indent=2)

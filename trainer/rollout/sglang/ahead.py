@@ -151,7 +151,10 @@ def _runner(job: Job, architecture: Architecture, mesh: Mesh, settings: Settings
     with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
         config = to_hf_config(architecture, dtype=job.engine.dtype)
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        arguments = driver._arguments(job, settings, folder, 0)
+        # The engine wants the platform that JAX_PLATFORMS names, and planning's is the CPU.
+        here = job.model_copy(update={"accelerator": f"cpu-{job.target.devices}"})
+        arguments = driver._arguments(here, settings, folder, 0)
+        arguments.device, arguments.attention_backend = "tpu", "fa"
         runner.model_config = ModelConfig.from_server_args(arguments, model_path=folder)
     runner.server_args, runner.device = arguments, arguments.device
     runner.mesh, runner.tp_size, runner.page_size = mesh, settings.tp_size, settings.page_size
