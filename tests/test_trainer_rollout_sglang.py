@@ -321,6 +321,12 @@ def test_a_leaf_that_is_not_the_trainers_is_found_before_anything_is_learned(par
             generate(engine)
 
 
+def test_programs_may_all_be_compiled_before_the_first_rollout(make):
+    engine = make(engine=(("disable_precompile", False), ("precompile_bs_paddings", (2, 8))))
+    assert generate(engine).tokens.tolist() == generate(make()).tokens.tolist()
+    assert engine.driver.recompiles == 0
+
+
 # Limits and failures
 
 

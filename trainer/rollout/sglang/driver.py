@@ -226,6 +226,7 @@ class Driver:
         self._make_pool = _pool_program(self.runner.token_to_kv_pool)
         self._key = jax.random.key(job.seed)
         self._broken = False
+        self._precompile = not job.engine.disable_precompile
         self.by_reference = False  # whether any weight it has is the trainer's own array
 
     def wake(self, params: Any) -> None:
@@ -235,7 +236,18 @@ class Driver:
         self.runner.leaves = jax.block_until_ready(self.hand_over(params))
         if not self.runner.token_to_kv_pool.kv_buffer:
             self.runner.token_to_kv_pool.kv_buffer = self._make_pool()
+        if self._precompile:
+            self._compile()
         self._forget()
+
+    def _compile(self) -> None:
+        """Run every program once, as `engine.disable_precompile: false` asks."""
+        self._precompile = False
+        worker = self._scheduler.tp_worker
+        nowhere = Places(np.zeros(1, np.uint32), np.zeros(1, np.int32))
+        self.runner.draw = lambda logits: self._draw(logits, nowhere, np.float32(1.0))
+        worker.precompile_extend()
+        worker.precompile_decode()
 
     def sleep(self, *, drop_weights: bool, drop_kv: bool) -> None:
         """Let go of weights, or of the KV pool, or of both."""
