@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.records import MemoryPlan, gib
+from jobs.records import Contiguity, MemoryPlan, gib
 
 _VERDICTS = {
     "fits": ("fits", "bold green"),
@@ -23,6 +23,8 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     console.print(_programs(plan))
     for line in _tensors(plan):
         console.print(line, highlight=False, markup=False)
+    for one in plan.contiguity:
+        console.print(doubt(one), highlight=False, markup=False)
     for note in plan.assumptions:
         console.print(f"assumed: {note}", style="dim", highlight=False, markup=False)
     if plan.step:
@@ -60,6 +62,16 @@ def step_line(plan: MemoryPlan) -> str:
     parts = sorted(plan.step.items(), key=lambda part: -part[1])
     told = [f"{name.removesuffix('_s')} {s:.2f}" for name, s in parts if s >= whole / 100]
     return f"a step, by a model and not measured: {whole:.1f} s ({', '.join(told)})"
+
+
+def doubt(found: Contiguity) -> str:
+    """What may go wrong though enough is free."""
+    freed = ", ".join(f"{owner} {gib(size)}" for owner, size in found.freed.items())
+    return (
+        f"perhaps not in one piece: {found.program} wants {gib(found.needs_bytes)} contiguous; of "
+        f"the {gib(found.free_bytes)} free {gib(found.untouched_bytes)} were never used, the rest "
+        f"was freed before it loads and may lie in pieces ({freed})"
+    )
 
 
 def reason(plan: MemoryPlan) -> str:

@@ -203,6 +203,19 @@ def test_nine_tenths_of_the_heap_are_named_or_fragmentation():
     assert 0.9 * 22 * GIB <= named + found.fragmentation_bytes < (0.9 * 22 + 1) * GIB
 
 
+def test_an_update_that_loads_where_the_engine_s_pool_was_may_find_it_in_pieces():
+    # A pool of all that is left: what the update then wants was never free before.
+    pool = ("engine.max_total_tokens=10000000", "engine.mem_fraction_static=0.9")
+    job = a_job("sop_bs32_len1024", OURS[0], "engine.residency=sleep", *pool)
+    [one] = plan(job, Options(advice=False), known_update(9.0)).contiguity
+    assert one.program == "update"
+    assert one.untouched_bytes < one.needs_bytes == 9 * GIB <= one.free_bytes
+    assert "KV pool" in one.freed
+    # A pool of what the requests need leaves room beside it, and no doubt.
+    capped = a_job("sop_bs32_len1024", OURS[0], "engine.residency=sleep")
+    assert plan(capped, Options(advice=False), known_update(9.0)).contiguity == []
+
+
 def test_every_advice_is_the_job_with_those_settings_planned():
     job = a_job()
     found = plan(job, QUICK, estimate)

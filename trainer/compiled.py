@@ -34,8 +34,8 @@ _OF_THE_UPDATE = ("update", "logprobs", "reference_logprobs")  # read nothing of
 # They count and say; no program is made of them.
 PLANNING = frozenset(
     {
-        "budget.py", "choices.py", "estimate.py", "fit.py", "ledger.py", "phases.py", "plan.py",
-        "records.py", "remedies.py", "timemodel.py",
+        "budget.py", "choices.py", "contiguity.py", "estimate.py", "fit.py", "ledger.py",
+        "phases.py", "plan.py", "records.py", "remedies.py", "timemodel.py",
     }
 )  # fmt: skip
 
@@ -106,7 +106,11 @@ class Programs:
         said = [name, read, asdict(architecture), self.versions, sources_hash()]
         if job.rollout.engine != "naive" and name not in _OF_THE_UPDATE:
             held = residents(job, architecture, build=self.build).engine
-            said += [job.engine.model_dump(mode="json"), job.rollout.chunk_size, asdict(held)]
+            said += [
+                job.engine.model_dump(mode="json"),
+                job.rollout.chunk_size,
+                asdict(held) if held else None,
+            ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
 

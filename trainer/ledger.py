@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.records import MemFractionInterval, MemoryPlan, PeakTensors, PlannedProgram, gib
+from jobs.records import (
+    Contiguity,
+    MemFractionInterval,
+    MemoryPlan,
+    PeakTensors,
+    PlannedProgram,
+    gib,
+)
 from jobs.spec import Job
 from trainer import budget
 from trainer.architecture import Architecture
 from trainer.budget import EngineBuild
+from trainer.contiguity import doubts
 from trainer.estimate import Program
 from trainer.phases import Engine, Owners, Residents, residents
 from trainer.refusal import Refusal
@@ -122,6 +130,7 @@ def ledger(
         mem_fraction_interval=_interval(known, engine, phases) if engine else None,
         why=_why(heap, programs[heap]),
         fragmentation_bytes=programs[heap].memory.fragmentation_bytes,
+        contiguity=_contiguity(known),
         assumptions=_assumptions(known),
     )
 
@@ -150,16 +159,25 @@ def _running(known: _Known, phase: str) -> Owners:
 def _of_program(known: _Known, name: str) -> Owners:
     """What a program takes besides its arguments, by owner."""
     program = known.programs[name]
-    how = " (estimated)" if program.estimated else ""
     code, assumed = _code(known.job, name, program)
-    outputs = f"{name} outputs{how}"
-    if name == "hand_over":  # they are what stays
-        outputs = "sampler weights" if known.residents.engine is None else "engine weights"
     return {
-        outputs: program.memory.outputs_bytes,
-        f"{name} temporaries{how}": program.memory.reserved_bytes,
+        **dict([_outputs_of(known, name)]),
+        f"{name} temporaries{_how(program)}": program.memory.reserved_bytes,
         f"{name} code{' (assumed)' if assumed else ''}": code,
     }
+
+
+def _outputs_of(known: _Known, name: str) -> tuple[str, int]:
+    """Who owns a program's outputs, and their bytes."""
+    program = known.programs[name]
+    owner = f"{name} outputs{_how(program)}"
+    if name == "hand_over":  # they are what stays
+        owner = "sampler weights" if known.residents.engine is None else "engine weights"
+    return owner, program.memory.outputs_bytes
+
+
+def _how(program: Program) -> str:
+    return " (estimated)" if program.estimated else ""
 
 
 def _code(job: Job, name: str, program: Program) -> tuple[int, bool]:
@@ -186,6 +204,19 @@ def _planned(known: _Known, name: str) -> PlannedProgram:
         code_assumed=assumed,
         estimated=program.estimated,
     )
+
+
+def _contiguity(known: _Known) -> list[Contiguity]:
+    arrays: dict[str, Owners] = {}
+    for phase, owners in known.residents.phases.items():
+        name = _largest(known, phase)
+        outputs = dict([_outputs_of(known, name)]) if name else {}
+        arrays |= {phase: owners, f"after {phase}": {**owners, **outputs}}
+    needs: dict[str, tuple[str, int]] = {}
+    for name, program in known.programs.items():
+        code, _ = _code(known.job, name, program)
+        needs[name] = PHASE_OF[name], program.memory.reserved_bytes + code
+    return doubts(known.job.target.usable_hbm_bytes, arrays, needs)
 
 
 def _interval(known: _Known, engine: Engine, phases: Mapping[str, Owners]) -> MemFractionInterval:
@@ -224,10 +255,7 @@ def _why(name: str, program: Program) -> list[PeakTensors]:
 
 def _assumptions(known: _Known) -> list[str]:
     programs = known.programs.values()
-    said = [
-        "free bytes are counted as one piece: the runtime wants a program's temporaries in one, at "
-        "the bottom of memory, so fragmentation can defeat a plan that just fits"
-    ]
+    said: list[str] = []
     if any(program.memory.code_bytes is None for program in programs):
         said.append(
             f"code was not generated: {gib(CODE_SCANNED)} where layers are a loop, "

@@ -5,6 +5,7 @@ makes them; only where it would put an array on a device, that array's shape is 
 """
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ class Engine:
         job: for a TPU.
         architecture: the model's.
         devices: that may be only described.
-        build: how embedding, head and biases lie: as our hand-over lays them, or as the engine does.
+        build: how embedding, head and biases lie: as our hand-over lays them, or the engine.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ def lowered_probe(job: Job, architecture: Architecture, params: Any) -> Any:
 
 def _runner(job: Job, architecture: Architecture, mesh: Mesh, settings: Settings) -> Any:
     """The driver's model runner, up to where it would ask for memory."""
+    logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
     runner = object.__new__(driver._Runner)
     with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
         config = to_hf_config(architecture, dtype=job.engine.dtype)
