@@ -1,5 +1,7 @@
 """Programs that are planned: against what train.py runs of them, and sums worked out here."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.plan_table import at_2048
 from jobs import spec
 from trainer import budget, train
 from trainer.architecture import ARCHITECTURES, leaf_shapes
@@ -211,6 +214,29 @@ def test_the_probe_makes_no_copy_of_the_weights(settings, reserved):
     assert found.reserved_bytes / GIB == pytest.approx(reserved, rel=0.02)
     guess = estimate(job, shape_of(job), "engine_probe").memory
     assert guess.reserved_bytes / GIB == pytest.approx(reserved, rel=0.07)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("sequences", "least", "most"), [(8, 19.0, 21.0), (16, 29.8, 30.75)])
+def test_the_sop_s_sweep_on_v4_16_has_room_with_8_sequences_and_none_with_16(
+    sequences, least, most
+):
+    # It ran with 8 and was out of memory with 16; the limit is 30.75, and code comes on top.
+    job = spec.load(JOBS / "sop_bs32_len1024.yaml", overrides=at_2048(sequences))
+    found = compile_program(job, shape_of(job), "update", 290.0, build="sharded")
+    assert least < (found.arguments_bytes + found.reserved_bytes) / GIB < most
+
+
+def test_planning_without_an_engine_never_imports_its_package():
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, trainer.lowering, trainer.fit; print(*sys.modules)"],
+        cwd=JOBS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "trainer.lowering" in run.stdout.split()
+    assert not [name for name in run.stdout.split() if name.startswith("sgl_jax")]
 
 
 @pytest.mark.parametrize("design", ["layer_major", "reference"])
