@@ -318,6 +318,29 @@ def test_what_was_compiled_is_found_again_and_what_decides_it_compiles_anew(tmp_
     assert len(compiler.asked) == 4
 
 
+def test_what_decides_the_engine_s_programs_compiles_them_anew_and_nothing_else(tmp_path):
+    compiler = Compiler()
+
+    def asked(name, build, *overrides):
+        job = a_job("sop_bs32_len1024", f"cache_dir={tmp_path}", *overrides)
+        Programs(
+            say=lambda _: None,
+            until=time.monotonic() + 100,
+            compile_one=compiler,
+            build=build,
+            versions={"libtpu": "1"},
+        ).of(job, ARCHITECTURES[job.model.lower()], name)
+        return len(compiler.asked)
+
+    assert asked("engine_decode", "sharded") == 1
+    assert asked("engine_decode", "sharded", "engine.residency=sleep") == 1
+    assert asked("engine_decode", "replicated") == 2
+    assert asked("engine_decode", "sharded", "engine.page_size=16") == 3
+    assert asked("engine_decode", "sharded", "engine.mem_fraction_static=0.39") == 4  # its pool
+    assert asked("update", "sharded") == 5
+    assert asked("update", "replicated", "engine.page_size=16") == 5
+
+
 def test_a_broken_cache_file_is_compiled_anew(tmp_path):
     compiler = Compiler()
     cached(tmp_path, compiler)
