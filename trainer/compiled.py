@@ -29,6 +29,7 @@ _NOT_READ = {
     "reward", "evaluation", "metrics", "container", "model",
 }  # fmt: skip
 _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
+_NOT_READ_OF_ENGINE = {"residency", "log_level", "load_format", "disable_precompile"}
 _OF_THE_UPDATE = ("update", "logprobs", "reference_logprobs")  # read nothing of an engine
 
 # They count and say; no program is made of them.
@@ -106,11 +107,8 @@ class Programs:
         said = [name, read, asdict(architecture), self.versions, sources_hash()]
         if job.rollout.engine != "naive" and name not in _OF_THE_UPDATE:
             held = residents(job, architecture, build=self.build).engine
-            said += [
-                job.engine.model_dump(mode="json"),
-                job.rollout.chunk_size,
-                asdict(held) if held else None,
-            ]
+            settings = job.engine.model_dump(mode="json", exclude=_NOT_READ_OF_ENGINE)
+            said += [settings, job.rollout.chunk_size, asdict(held) if held else None]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
 
