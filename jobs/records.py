@@ -14,6 +14,7 @@ MANIFEST_FILE = "manifest.json"
 LOG_FILE = "run.log"
 STEPS_FILE = "steps.jsonl"
 HBM_FILE = "hbm.jsonl"
+CHECKPOINTS = "checkpoints"  # a run's folder of them, each named for the steps that are in it
 FAILURE_FILE = "failure.json"
 PLAN_FILE = "plan.json"
 FIT_FILE = "fit.json"

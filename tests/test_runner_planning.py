@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from fakes import headroom, trainer, write_job
 
 from jobs.records import MemoryPlan
-from runner.cli import World, main
+from runner.cli import main
 from runner.plan_table import reason
 from runner.planning import Asked, plan_argv
+from runner.terminal import World
 
 GIB = 2**30
 ASKED = Asked(quick=False, engine_weights="sharded", advice=True, what_if=False, limit_s=900.0)
