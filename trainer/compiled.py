@@ -25,8 +25,8 @@ from trainer.phases import residents
 _ROOT = Path(__file__).resolve().parents[1]
 # Parts and keys of a job that no program's memory depends on.
 _NOT_READ = {
-    "name", "steps", "seed", "system_prompt", "eval_every_steps", "cache_dir", "data", "engine",
-    "reward", "evaluation", "metrics", "container", "model",
+    "name", "steps", "seed", "system_prompt", "eval_every_steps", "cache_dir", "checkpoint", "data",
+    "engine", "reward", "evaluation", "metrics", "container", "model",
 }  # fmt: skip
 _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
 _NOT_READ_OF_ENGINE = {"residency", "log_level", "load_format", "disable_precompile"}
