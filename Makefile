@@ -1,6 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test check format image lock schema clean
+.PHONY: help setup smoke test check format image lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -11,7 +11,7 @@ LOCK := .venv/bin/uv pip compile --quiet --python-version 3.12 --generate-hashes
 	--overrides docker/overrides.txt
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from the lock (every target does); PYTHON=/path/to/python3.12
 	@docker/setup_venv.sh $(PYTHON)
@@ -48,6 +48,9 @@ lock: setup ## Make the locks in docker/ again; ARGS=--upgrade takes newer versi
 
 schema: setup ## Make jobs/job.schema.json from the job model
 	.venv/bin/python -m jobs.schema
+
+plan-table: setup ## Make docs/plan.md's table, predicted against hardware, again (compiles: minutes)
+	.venv/bin/python -m benchmarks.plan_table
 
 clean: ## Remove what set-up and tests made (.venv, .cache); runs/ and logs/ stay
 	tests/docker_engine.sh stop .cache/engine

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from jobs.records import gib
 from jobs.spec import Job
 from trainer.architecture import Architecture
+from trainer.budget import engine_copied_bytes
 from trainer.rollout.sampling import Drawn, Places, draw_alone
 from trainer.rollout.sglang.leaves import HandOver
 from trainer.rollout.sglang.settings import EngineError, EngineFaultError, settings_of
-from trainer.rollout.sglang.start import AXES, start, weight_bytes
+from trainer.rollout.sglang.start import AXES, start
 
 # `start` has mended the engine, which must come before anything else of it is imported.
 from sgl_jax.srt.managers.io_struct import TokenizedGenerateReqInput  # isort: skip
@@ -84,7 +85,7 @@ class Driver:
         self.recompiles = 0
         self._job, self._eos = job, list(eos_ids)
         mesh = Mesh(np.array(devices).reshape(-1, self.settings.tp_size, 1), AXES)
-        coming = weight_bytes(job, architecture)
+        coming = engine_copied_bytes(job, architecture, "sharded")
         self._scheduler = start(job, architecture, mesh, coming_bytes=coming, eos_ids=self._eos)
         worker = self._scheduler.tp_worker
         self.runner: Any = worker.model_runner

@@ -139,14 +139,6 @@ def _cache_settings_kept() -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def weight_bytes(job: Job, architecture: Architecture) -> int:
-    """Weights on one chip that a hand-over will bring."""
-    # Imported here: budget.py counts by the engine's settings.
-    from trainer.budget import engine_weight_bytes  # noqa: PLC0415
-
-    return engine_weight_bytes(job, architecture, "sharded")
-
-
 def start(
     job: Job,
     architecture: Architecture,
