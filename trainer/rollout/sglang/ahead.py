@@ -23,13 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jobs.spec import Job
 from trainer.architecture import Architecture, to_hf_config
 from trainer.budget import EngineBuild
-from trainer.rollout.sglang import driver
+from trainer.rollout.sglang import start
 from trainer.rollout.sglang.leaves import HandOver
 from trainer.rollout.sglang.probe import TOKENS, token_logprobs
 from trainer.rollout.sglang.settings import Settings, settings_of
 from trainer.update.masters import Split
 
-# The driver has mended the engine, which must come before anything else of it is imported.
+# `start` has mended the engine, which must come before anything else of it is imported.
 from sgl_jax.srt.configs.model_config import ModelConfig  # isort: skip
 from sgl_jax.srt.layers import logits_processor  # isort: skip
 from sgl_jax.srt.layers.attention import flashattention_backend  # isort: skip
@@ -55,7 +55,7 @@ class Engine:
         self._job, self._architecture = job, architecture
         self._settings = settings_of(job)
         shape = (-1, self._settings.tp_size, 1)
-        self._mesh = Mesh(np.array(devices).reshape(shape), driver.AXES)
+        self._mesh = Mesh(np.array(devices).reshape(shape), start.AXES)
         self._runner = _runner(job, architecture, self._mesh, self._settings)
         shapes = [leaf.shape for leaf in self._runner.shapes]
         self._hand_over = HandOver(
@@ -149,13 +149,13 @@ def lowered_probe(job: Job, architecture: Architecture, params: Any) -> Any:
 def _runner(job: Job, architecture: Architecture, mesh: Mesh, settings: Settings) -> Any:
     """The driver's model runner, up to where it would ask for memory."""
     logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
-    runner = object.__new__(driver._Runner)
+    runner = object.__new__(start.Runner)
     with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
         config = to_hf_config(architecture, dtype=job.engine.dtype)
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         # The engine wants the platform that JAX_PLATFORMS names, and planning's is the CPU.
         here = job.model_copy(update={"accelerator": f"cpu-{job.target.devices}"})
-        arguments = driver._arguments(here, settings, folder, 0)
+        arguments = start.arguments_of(here, folder, 0)
         arguments.device, arguments.attention_backend = "tpu", "fa"
         runner.model_config = ModelConfig.from_server_args(arguments, model_path=folder)
     runner.server_args, runner.device = arguments, arguments.device
@@ -189,5 +189,5 @@ def _for_described_devices(mesh: Mesh) -> Iterator[None]:
         (tuned_block_sizes, "get_tpu_version"): lambda: version,
         (tuned_block_sizes, "get_device_name"): lambda *_: " ".join(kind.split()[:2]),
     }
-    with driver._in_place_of(substitutes):
+    with start.in_place_of(substitutes):
         yield

@@ -4,44 +4,28 @@ What is left out of sglang-jax is its Engine (signal handlers, child processes, 
 scheduler) and its way to weights and samples; see workarounds.py for each.
 """
 
-import json
-import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jobs.records import gib
 from jobs.spec import Job
-from trainer.architecture import Architecture, to_hf_config
+from trainer.architecture import Architecture
+from trainer.budget import engine_copied_bytes
 from trainer.rollout.sampling import Drawn, Places, draw_alone
-from trainer.rollout.sglang import workarounds
 from trainer.rollout.sglang.leaves import HandOver
-from trainer.rollout.sglang.settings import EngineError, EngineFaultError, Settings, settings_of
+from trainer.rollout.sglang.settings import EngineError, EngineFaultError, settings_of
+from trainer.rollout.sglang.start import AXES, start
 
-workarounds.apply()  # before anything of the engine is imported
-
-from sgl_jax.srt.managers import scheduler as scheduling  # noqa: E402
-from sgl_jax.srt.managers import tp_worker as working  # noqa: E402
-from sgl_jax.srt.managers.io_struct import TokenizedGenerateReqInput  # noqa: E402
-from sgl_jax.srt.model_executor.model_runner import ModelRunner  # noqa: E402
-from sgl_jax.srt.model_loader.arch import get_model_architecture  # noqa: E402
-from sgl_jax.srt.sampling.sampling_params import SamplingParams  # noqa: E402
-from sgl_jax.srt.server_args import PortArgs, ServerArgs  # noqa: E402
-from sgl_jax.srt.utils.jax_utils import get_available_device_memory  # noqa: E402
-
-log = logging.getLogger(__name__)
-
-AXES = ("data", "tensor", "expert")
+# `start` has mended the engine, which must come before anything else of it is imported.
+from sgl_jax.srt.managers.io_struct import TokenizedGenerateReqInput  # isort: skip
+from sgl_jax.srt.managers.schedule_batch import ScheduleBatch  # isort: skip
+from sgl_jax.srt.sampling.sampling_params import SamplingParams  # isort: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,108 +58,6 @@ class Sampled:
     stopped: bool = False
 
 
-@dataclass
-class _Arguments(ServerArgs):
-    """The engine's own arguments, and what its model runner is told besides.
-
-    Attributes:
-        coming_bytes: of weights on a chip, which the first hand-over will bring.
-    """
-
-    coming_bytes: int = 0
-
-
-class _Runner(ModelRunner):
-    """The engine's model runner, whose weights and KV pool are brought to it."""
-
-    leaves: list[jax.Array]  # of the model, in the order of `names`; empty while asleep
-    names: list[str]
-    shapes: list[Any]
-    run: Any  # jitted (leaves, forward_batch, token_to_kv_pool, logits_metadata)
-    draw: Any  # logits -> Drawn, as the driver sets it for the batch under way
-    drawn: Drawn
-    free_bytes: int | None = None
-
-    def get_available_device_memory(self) -> int:
-        """Free bytes of the fullest chip at the start; then the same, less the weights to come."""
-        if self.free_bytes is None:
-            self.free_bytes = get_available_device_memory(self.device, empty_cache=False)
-            return self.free_bytes
-        return self.free_bytes - self.server_args.coming_bytes  # pyright: ignore
-
-    def load_model(self) -> None:
-        """Build the model of shapes: no weight is allocated."""
-        config = self.model_config
-        config.validate_tensor_parallel_config(self.tp_size)
-        config.configure_for_tensor_parallel(self.tp_size)
-        model_class, _ = get_model_architecture(config)
-        make = lambda: model_class(config.hf_config, config.dtype, self.rngs, self.mesh)
-        with self.mesh:
-            self.model: Any = nnx.eval_shape(make)
-        self.dtype = config.dtype
-
-    def initialize_jit(self) -> None:
-        """The engine's program, its weights an argument instead of a constant of the closure."""
-        definition, state = nnx.split(self.model)
-        found, tree = jax.tree_util.tree_flatten_with_path(state)
-        self.names = [".".join(str(getattr(k, "key", k)) for k in path[:-1]) for path, _ in found]
-        self.shapes = [leaf for _, leaf in found]
-        self.leaves = []
-        self.model = None  # pyright: ignore
-
-        def run(leaves: Any, forward_batch: Any, token_to_kv_pool: Any, metadata: Any) -> Any:
-            model = nnx.merge(definition, jax.tree_util.tree_unflatten(tree, leaves))
-            return model(forward_batch, token_to_kv_pool, metadata)
-
-        self.run = jax.jit(run, donate_argnames=["token_to_kv_pool"])
-        self.jitted_run_model = lambda batch, metadata: self.run(
-            self.leaves, batch, self.token_to_kv_pool, metadata
-        )
-
-    def sample(self, logits_output: Any, sampling_metadata: Any, positions: Any) -> jax.Array:
-        """Draw by our own sampler; the engine's metadata and positions are not asked."""
-        del sampling_metadata, positions
-        self.drawn = self.draw(logits_output.next_token_logits)
-        return self.drawn.tokens
-
-
-class _Scheduler(scheduling.Scheduler):
-    """The engine's scheduler without its watchdog, which would send signals."""
-
-    def watchdog_thread(self) -> None:
-        """End at once."""
-
-
-@contextmanager
-def _in_place_of(substitutes: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
-    """Names of modules stand for something else, for as long as the context lasts."""
-    before = {(module, name): getattr(module, name) for module, name in substitutes}
-    try:
-        for (module, name), substitute in substitutes.items():
-            setattr(module, name, substitute)
-        yield
-    finally:
-        for (module, name), original in before.items():
-            setattr(module, name, original)
-
-
-@contextmanager
-def _cache_settings_kept() -> Iterator[None]:
-    """What a scheduler sets for the whole process, where a compile cache is in the environment."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_entry_size_bytes",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_enable_xla_caches",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
 class Driver:
     """One engine, in this process and thread.
 
@@ -203,8 +85,8 @@ class Driver:
         self.recompiles = 0
         self._job, self._eos = job, list(eos_ids)
         mesh = Mesh(np.array(devices).reshape(-1, self.settings.tp_size, 1), AXES)
-        coming = weight_bytes(job, architecture)
-        self._scheduler = _start(job, architecture, mesh, self.settings, coming, self._eos)
+        coming = engine_copied_bytes(job, architecture, "sharded")
+        self._scheduler = start(job, architecture, mesh, coming_bytes=coming, eos_ids=self._eos)
         worker = self._scheduler.tp_worker
         self.runner: Any = worker.model_runner
         self.pool_tokens = int(self.runner.max_total_num_tokens)
@@ -260,7 +142,7 @@ class Driver:
         """Drop every cached key and value: they are of other weights."""
         scheduler = self._scheduler
         scheduler.last_batch = scheduler.cur_batch = None
-        scheduler.running_batch = scheduling.ScheduleBatch(reqs=[], batch_is_full=False)
+        scheduler.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
         scheduler.tree_cache.reset()
         scheduler.token_to_kv_pool_allocator.clear()
         scheduler.req_to_token_pool.clear()
@@ -367,76 +249,6 @@ class Driver:
         padded = Places(*(np.pad(part, (0, rows), mode="edge") for part in places))
         r = self._job.rollout
         return draw_alone(logits, self._key, padded, temperature, top_k=r.top_k, top_p=r.top_p)
-
-
-def weight_bytes(job: Job, architecture: Architecture) -> int:
-    """Weights on one chip that a hand-over will bring."""
-    # Imported here: budget.py counts by the engine's settings.
-    from trainer.budget import engine_weight_bytes  # noqa: PLC0415
-
-    return engine_weight_bytes(job, architecture, "sharded")
-
-
-def _start(
-    job: Job,
-    architecture: Architecture,
-    mesh: Mesh,
-    settings: Settings,
-    coming: int,
-    eos_ids: list[int],
-) -> Any:
-    """The engine's scheduler with all that it owns, asleep."""
-    logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
-    substitutes = {
-        (working, "ModelRunner"): _Runner,
-        (scheduling, "create_device_mesh"): lambda **_: mesh,
-        (scheduling, "set_random_seed"): lambda _: None,
-        (scheduling, "zmq"): SimpleNamespace(Context=lambda _: None),  # one would never be closed
-    }
-    nobody = PortArgs("", "", "", "", "", "", "")  # pyright: ignore
-    with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
-        config = {**to_hf_config(architecture, dtype=job.engine.dtype), "eos_token_id": eos_ids}
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        arguments = _arguments(job, settings, folder, coming)
-        try:
-            with _in_place_of(substitutes), _cache_settings_kept():
-                return _Scheduler(arguments, nobody)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            free = get_available_device_memory(arguments.device, empty_cache=False)
-            raise EngineError(
-                f"sglang-jax did not start: {error} (its weights take {gib(coming)} of "
-                f"{gib(free)} free on a device, so engine.mem_fraction_static must be above "
-                f"{coming / max(free, 1):.3f}; it is {arguments.mem_fraction_static})"
-            ) from error
-
-
-def _arguments(job: Job, settings: Settings, folder: str, coming: int) -> _Arguments:
-    e, platform = job.engine, job.target.platform
-    return _Arguments(
-        model_path=folder,
-        device=platform,
-        tp_size=settings.tp_size,
-        dtype=e.dtype,
-        kv_cache_dtype=e.kv_cache_dtype,
-        mem_fraction_static=settings.mem_fraction,
-        max_total_tokens=settings.pool_tokens,
-        max_running_requests=settings.running,
-        context_length=settings.length + 1,  # the engine takes one off
-        page_size=settings.page_size,
-        chunked_prefill_size=settings.prefill_tokens,
-        precompile_token_paddings=list(settings.prefill_paddings),
-        precompile_bs_paddings=list(settings.decode_paddings),
-        disable_radix_cache=e.disable_radix_cache,
-        disable_jax_precompile=True,
-        disable_overlap_schedule=True,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        attention_backend="native" if platform == "cpu" else "fa",
-        log_level=e.log_level,
-        random_seed=job.seed,
-        node_rank=1,
-        coming_bytes=coming,
-    )
 
 
 def _pool_program(pool: Any) -> Any:
