@@ -224,7 +224,7 @@ def _interval(known: _Known, engine: Engine, phases: Mapping[str, Owners]) -> Me
     e = known.job.engine
     others = max(sum(o.values()) - o["KV pool"] for o in phases.values() if "KV pool" in o)
     room = known.job.target.usable_hbm_bytes - others
-    up_to = (room + engine.weight_bytes) / engine.free_bytes if engine.free_bytes > 0 else 0.0
+    up_to = (room + engine.copied_bytes) / engine.free_bytes if engine.free_bytes > 0 else 0.0
     if e.max_total_tokens is not None:
         most = e.max_total_tokens + (e.page_size or 1)
         if most * budget.kv_token_bytes(known.job, known.architecture) <= room:
@@ -271,7 +271,8 @@ def _assumptions(known: _Known) -> list[str]:
 def _engine_assumptions(known: _Known, engine: Engine) -> list[str]:
     other: EngineBuild = "replicated" if engine.build == "sharded" else "sharded"
     weights = budget.engine_weight_bytes(known.job, known.architecture, other)
-    least = weights / engine.free_bytes if engine.free_bytes > 0 else 1.0
+    copied = budget.engine_copied_bytes(known.job, known.architecture, other)
+    least = copied / engine.free_bytes if engine.free_bytes > 0 else 1.0
     by_itself = "by itself" if engine.build == "sharded" else "as our hand-over lays them"
     said = [
         f"the engine's embedding, head and biases are {engine.build}: its weights take "

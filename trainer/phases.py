@@ -69,12 +69,13 @@ def _engine(
     if job.rollout.engine == "naive":
         return None
     free = job.target.usable_hbm_bytes - sum(always.values())
-    weights = budget.engine_weight_bytes(job, architecture, build)
-    pool = budget.kv_pool(job, architecture, free_bytes=free, weight_bytes=weights)
+    # As `Driver` tells the engine: of its share only what is copied takes anything.
+    copied = budget.engine_copied_bytes(job, architecture, build)
+    pool = budget.kv_pool(job, architecture, free_bytes=free, weight_bytes=copied)
     return Engine(
         build=build,
-        weight_bytes=weights,
-        copied_bytes=budget.engine_copied_bytes(job, architecture, build),
+        weight_bytes=budget.engine_weight_bytes(job, architecture, build),
+        copied_bytes=copied,
         free_bytes=free,
         pool=pool,
     )
