@@ -107,7 +107,7 @@ def measure(model: Model, way: str, cycles: int) -> dict[str, Any]:
         times["hand_over"].append(seconds(lambda: engine.hand_over(params)))
         roll()
     median = {name: statistics.median(values) for name, values in times.items()}
-    referenced = sum(leaf is not None for leaf in driver.hand_over.referenced(params))
+    referenced = len(driver.runner.leaves) - len(driver.hand_over.missing(params))
     return {
         "way": way,
         "leaves": len(driver.runner.leaves),

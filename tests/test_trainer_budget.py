@@ -17,7 +17,7 @@ from trainer.buffers import tiled_bytes
 from trainer.data import abstract_batch
 from trainer.mesh import by_sequence, make_mesh, replicated, sampler_shardings
 from trainer.rollout.sglang.settings import settings_of
-from trainer.train import _reference_params
+from trainer.train import reference_params
 from trainer.update import layout, reference
 from trainer.update.rows import abstract_rows
 
@@ -136,7 +136,7 @@ def test_the_frozen_reference_policy_is_its_shards_to_the_byte(design):
         top = {name: state[name].master for name in state if name not in ("layers", "updates")}
         layers = [{n: leaf.master for n, leaf in layer.items()} for layer in state["layers"]]
         params = {**top, "layers": layers}
-    frozen = jax.eval_shape(lambda p: _reference_params(job, p), params)
+    frozen = jax.eval_shape(lambda p: reference_params(job, p), params)
     # The copy lies where its parameter lies.
     leaves = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "hi"))
     expected = sum(

@@ -87,7 +87,7 @@ def test_the_frozen_policy_s_shapes_are_those_of_what_train_makes(design, device
     told = frozen(job, update.params(update.abstract))
     # The real ones, of zeros that lie where the state's lie.
     zeros = lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-    real = train._reference_params(job, update.params(jax.tree.map(zeros, update.abstract)))
+    real = train.reference_params(job, update.params(jax.tree.map(zeros, update.abstract)))
     assert jax.tree.structure(told) == jax.tree.structure(real)
     for one, other in zip(jax.tree.leaves(told), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -248,7 +248,7 @@ def test_what_is_lowered_gives_the_logprobs_that_train_s_call_gives(design):
     for path, size in leaf_shapes(shape).items():
         leaf = 1 + 0.1 * random.standard_normal(size).astype(np.float32)
         (tree["layers"] if path[0] == "layers" else tree)[path[-1]] = leaf
-    params = train._reference_params(job, update.params(update.init(tree)))
+    params = train.reference_params(job, update.params(update.init(tree)))
     like = abstract_batch(job, sequences=job.sequences_per_step, sharding=by_sequence(mesh))
     made = lambda x: random.integers(1, 9, x.shape).astype(x.dtype)
     batch = jax.tree.map(made, like)

@@ -12,7 +12,7 @@ from trainer.budget import EngineBuild
 from trainer.mesh import make_mesh
 from trainer.phases import residents
 from trainer.rollout import programs
-from trainer.train import _reference_params as reference_params
+from trainer.train import reference_params
 from trainer.update.masters import Split
 from trainer.update.program import make_update
 

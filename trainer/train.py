@@ -196,7 +196,7 @@ def _first_state(session: Session, update: Update) -> tuple[Any, Any, int]:
     reference = None
     if job.checkpoint.resume is None or job.train.beta:
         state = update.init(read_weights(session))
-        reference = _reference_params(job, update.params(state)) if job.train.beta else None
+        reference = reference_params(job, update.params(state)) if job.train.beta else None
     if job.checkpoint.resume is not None:
         state = None  # the model's own weights were wanted for the reference alone
         with session.phases("load"):
@@ -244,7 +244,7 @@ def read_prompts(session: Session, split: str) -> list[Prompt]:
     return prompts
 
 
-def _reference_params(job: Job, params: Any) -> Any:
+def reference_params(job: Job, params: Any) -> Any:
     """A frozen copy of the policy's weights for the KL term, each as the update computes with it.
 
     Matrices in the update's compute dtype, norms in f32: the policy's distance from its own

@@ -1,10 +1,13 @@
 """Rollout: prompts in, completions out. `Rollout` is what train.py asks of an engine."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # a plan without the compiler must not wait for it
 
 ENGINES = ("naive", "sglang_jax")  # of those that a job may name, the ones that this version has
 

@@ -27,7 +27,6 @@ from trainer.rollout.sglang import start
 from trainer.rollout.sglang.leaves import HandOver
 from trainer.rollout.sglang.probe import TOKENS, token_logprobs
 from trainer.rollout.sglang.settings import Settings, settings_of
-from trainer.update.masters import Split
 
 # `start` has mended the engine, which must come before anything else of it is imported.
 from sgl_jax.srt.configs.model_config import ModelConfig  # isort: skip
@@ -98,17 +97,7 @@ class Engine:
         Args:
             params: as `Update.params` gives them, abstract.
         """
-        missing = tuple(
-            i for i in range(len(self._hand_over.places)) if not self._is_reference(i, params)
-        )
-        return self._hand_over.program(missing).lower(params)
-
-    def _is_reference(self, i: int, params: Any) -> bool:
-        """Whether `HandOver.referenced` would give the leaf, of arrays."""
-        source, leaf = self._hand_over.places[i].of(params), self._leaves()[i]
-        hi = source.hi if isinstance(source, Split) else source
-        same = (hi.shape, hi.dtype) == (leaf.shape, leaf.dtype)
-        return same and hi.sharding.is_equivalent_to(self._hand_over.shardings[i], hi.ndim)
+        return self._hand_over.program(self._hand_over.missing(params)).lower(params)
 
     def _leaves(self) -> list[jax.ShapeDtypeStruct]:
         """The weights as shapes, where they lie."""

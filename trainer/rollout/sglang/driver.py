@@ -113,7 +113,8 @@ class Driver:
 
     def wake(self, params: Any) -> None:
         """Take the policy's weights, and make the KV pool anew where there is none."""
-        self.by_reference = any(leaf is not None for leaf in self.hand_over.referenced(params))
+        missing = self.hand_over.missing(params)
+        self.by_reference = len(missing) < len(self.hand_over.places)
         self.runner.leaves = []  # the old ones go before the new ones come
         self.runner.leaves = jax.block_until_ready(self.hand_over(params))
         if not self.runner.token_to_kv_pool.kv_buffer:

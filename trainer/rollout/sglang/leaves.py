@@ -114,22 +114,33 @@ class HandOver:
         self._dtype = jnp.dtype(dtype)
         self._programs: dict[tuple[int, ...], Callable[[Any], list[jax.Array]]] = {}
 
-    def referenced(self, params: Any) -> list[jax.Array | None]:
-        """The leaves that need no copy: masters' `hi` that lie as the engine's do. No bytes move.
+    def missing(self, params: Any) -> tuple[int, ...]:
+        """The leaves that need a copy; the others are masters that lie as the engine's leaves do.
 
-        Whoever donates the state must let go of them before.
+        Args:
+            params: the trainer's, arrays or shapes with shardings.
         """
-        return [self._reference(i, place.of(params)) for i, place in enumerate(self.places)]
+        wanted = enumerate(zip(self.places, self.shardings, self._shapes, strict=True))
+        return tuple(
+            i
+            for i, (place, sharding, shape) in wanted
+            if not self._lies_so(_hi(place.of(params)), sharding, shape)
+        )
+
+    def _lies_so(self, hi: Any, sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+        same = hi.shape == shape and hi.dtype == self._dtype
+        return same and hi.sharding.is_equivalent_to(sharding, len(shape))
 
     def __call__(self, params: Any) -> list[jax.Array]:
-        """Every leaf; those that are not by reference made by one program."""
-        found = self.referenced(params)
-        missing = tuple(i for i, leaf in enumerate(found) if leaf is None)
-        if missing:
-            made = self.program(missing)(params)
-            for i, leaf in zip(missing, made, strict=True):
-                found[i] = leaf
-        return [leaf for leaf in found if leaf is not None]
+        """Every leaf; those that need a copy are made by one program, no bytes of others move.
+
+        Whoever donates the state must let go of the others before.
+        """
+        missing = self.missing(params)
+        made = dict(zip(missing, self.program(missing)(params), strict=True)) if missing else {}
+        return [
+            made[i] if i in made else self._reference(i, params) for i in range(len(self.places))
+        ]
 
     def program(self, wanted: tuple[int, ...]) -> Any:
         """The jitted map from the parameters to some of the leaves."""
@@ -153,15 +164,13 @@ class HandOver:
             leaf = jnp.repeat(heads, self._repeats, axis=-2)
         return leaf.reshape(self._shapes[i])
 
-    def _reference(self, i: int, source: Any) -> jax.Array | None:
-        sharding, shape = self.shardings[i], self._shapes[i]
-        hi = source.hi if isinstance(source, Split) else source
-        if (
-            hi.shape != shape
-            or hi.dtype != self._dtype
-            or not hi.sharding.is_equivalent_to(sharding, hi.ndim)
-        ):
-            return None
+    def _reference(self, i: int, params: Any) -> jax.Array:
         # The same bytes under the engine's own mesh: its programs know no other.
+        hi = _hi(self.places[i].of(params))
         shards = [shard.data for shard in hi.addressable_shards]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(hi.shape, self.shardings[i], shards)
+
+
+def _hi(source: Any) -> Any:
+    """The half of a master that engines read; a plain one is read whole."""
+    return source.hi if isinstance(source, Split) else source
