@@ -133,6 +133,11 @@ def _design_contradictions(job: Job, target: Accelerator) -> list[Problem]:
         if value != type(u).model_fields[key].default:
             text = f"is an option of update.design {other}"
             found.append(Problem(f"update.{key}", value, text, others=("update.design",)))
+    sampler = "engine" if job.rollout.engine == "sglang_jax" else "rollout"
+    if "lo" in u.host_offload and getattr(job, sampler).dtype == "float32":
+        text = "leaves lo on the host, where weights in float32 cannot be made: use bfloat16"
+        others = ("update.host_offload",)
+        found.append(Problem(f"{sampler}.dtype", "float32", text, others=others))
     if target.platform != "tpu":
         text = f"needs a TPU, and accelerator = {target.name}"
         others = ("accelerator",)

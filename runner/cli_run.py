@@ -106,13 +106,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     from runner.conclude import diagnosis_of
     from runner.retry import wait_s
 
-    before: str | None = None
-    if resume is not None:
-        if job_file is not None or from_env:
-            raise click.UsageError("--resume has the run's own job: leave JOB and --from-env out.")
-        job_file, overrides, before = _resumed(runs, resume, overrides)
-    if job_file is None:
-        raise click.UsageError("Name a JOB, or --resume RUN.")
+    job_file, overrides, before = _asked(runs, job_file, resume, overrides, from_env=from_env)
     load = partial(load_job, job_file, overrides, from_env=from_env)
     made, manifest = _attempt(
         world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=before
@@ -136,11 +130,31 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     if refit and diagnosis is not None and diagnosis.retry == "after_refit":
         say(f"{made.name}: {diagnosis.cause}; looking for a setting that fits")
         if (fitted := _refitted(world, made)) is not None:
-            load = partial(load_job, fitted, (), from_env=False)
+            if _go_on(made):
+                say("it begins anew: a checkpoint goes on with the settings that it was made with")
+            load = partial(load_job, fitted, ("checkpoint.resume=null",), from_env=False)
             made, manifest = _attempt(
                 world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
             )
     sys.exit(_end(made, manifest, as_json=as_json))
+
+
+def _asked(
+    runs: Path,
+    job_file: Path | None,
+    resume: str | None,
+    overrides: tuple[str, ...],
+    *,
+    from_env: bool,
+) -> tuple[Path, tuple[str, ...], str | None]:
+    """The job file and settings to begin with, and the run that goes on, if one does."""
+    if resume is not None:
+        if job_file is not None or from_env:
+            raise click.UsageError("--resume has the run's own job: leave JOB and --from-env out.")
+        return _resumed(runs, resume, overrides)
+    if job_file is None:
+        raise click.UsageError("Name a JOB, or --resume RUN.")
+    return job_file, overrides, None
 
 
 def _resumed(
@@ -150,17 +164,22 @@ def _resumed(
     found, manifest = settled(runs, name)
     if manifest.exit_status is None:
         raise Refused(f"{found.name} still runs: headroom cancel {found.name} first")
-    if not (newest := _go_on(found)):
+    go_on = _go_on(found)
+    if not go_on:
         raise Refused(
             f"{found.name} left no checkpoint to go on from: set checkpoint.every_steps in its "
             f"job, and run that anew"
         )
-    return found.job_file, (*newest, *overrides), found.name
+    return found.job_file, (*go_on, *overrides), found.name
 
 
 def _go_on(run: "RunDir") -> tuple[str, ...]:
-    """The setting with which a run goes on where it was; none where it left no checkpoint."""
-    newest = run.newest_checkpoint()
+    """The setting with which a run goes on where it was; none where it left no checkpoint.
+
+    One that went on itself, and left none of its own, goes on from where it began.
+    """
+    job = run.read_json(run.job_file) or {}
+    newest = run.newest_checkpoint() or job.get("checkpoint", {}).get("resume")
     return () if newest is None else (f"checkpoint.resume={newest}",)
 
 
@@ -248,7 +267,7 @@ def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
             if diagnosis is not None:
                 print_diagnosis(diagnosis, as_json=False)
             click.echo(f"run directory: {made.path}")
-            if code and made.newest_checkpoint() is not None:
+            if code and _go_on(made):
                 say(f"it can go on: headroom run --resume {made.name}")
     except OSError:  # nobody reads any more, or where they read is full: the job ended as it did
         sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue] - nor flush at the end

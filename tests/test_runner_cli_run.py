@@ -52,6 +52,17 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     assert manifests(tmp_path)[1]["retry_of"] == name
 
 
+def test_a_run_that_went_on_and_left_none_of_its_own_goes_on_from_where_it_began(tmp_path):
+    call(tmp_path, write_job(tmp_path))
+    dies = "print('OSError: [Errno 101] Network is unreachable')\nraise SystemExit(70)"
+    second = call(tmp_path, "--resume", "latest", code=dies)
+    assert "it can go on" in second.stderr
+    done = call(tmp_path, "--resume", "latest")
+    assert done.exit_code == 0, done.output
+    _, second, third = jobs(tmp_path)
+    assert third["checkpoint"]["resume"] == second["checkpoint"]["resume"] is not None
+
+
 def test_a_retry_goes_on_where_the_attempt_before_it_was(tmp_path):
     done = call(tmp_path, write_job(tmp_path), "--retries", "1")
     assert done.exit_code == 0, done.output

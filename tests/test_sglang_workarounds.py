@@ -19,6 +19,7 @@ import sgl_jax
 from flax import nnx
 
 from tests.engines import FAMILIES, engine_job, make_engine, random_params
+from trainer.rollout.sglang.driver import Driver
 from trainer.rollout.sglang.workarounds import WORKAROUNDS
 
 pytestmark = pytest.mark.engine
@@ -230,6 +231,14 @@ def test_page_padding(engine):
     )
     assert rounded_once < 8 * each
     assert worker.precompile_cache_loc_paddings == [16 * engine.driver.settings.length]
+    # Sequences of 30 tokens, in pages: each has two of its own.
+    job = engine_job(max_prompt_tokens=22, engine={"page_size": page, "chunked_prefill_size": 64})
+    paged = Driver(job, QWEN2, jax.devices()[:1], eos_ids=())
+    assert paged._scheduler.tp_worker.precompile_cache_loc_paddings == [16 * 32]
+
+
+def test_environment():
+    assert 'os.environ["SGLANG_ENABLE_DETERMINISTIC_SAMPLING"] = (' in source("server_args.py")
 
 
 def test_clipped_lengths(engine):

@@ -14,7 +14,7 @@ from trainer.mesh import make_mesh
 from trainer.model import hidden_states, logits
 from trainer.rollout.naive import NaiveRollout
 from trainer.rollout.sglang.driver import Request
-from trainer.rollout.sglang.settings import EngineError, EngineFaultError, check_engine
+from trainer.rollout.sglang.settings import EngineError, EngineFaultError, check_engine, settings_of
 from trainer.update.program import make_update
 
 pytestmark = pytest.mark.engine
@@ -293,7 +293,8 @@ def test_a_copy_needs_no_more_than_a_leaf_besides(params, layers, dtype):
         assert (layers, dtype) == ("per_layer", "bfloat16")
         return
     memory = hand_over.program(missing).lower(masters).compile().memory_analysis()
-    largest = max(int(np.prod(shape)) for shape in hand_over._shapes) * 4
+    # A device's part of the largest leaf, in the trainer's f32.
+    largest = max(int(np.prod(shape)) for shape in hand_over._shapes) * 4 // 2
     assert memory.temp_size_in_bytes <= largest
 
 
@@ -336,6 +337,9 @@ def test_programs_may_all_be_compiled_before_the_first_rollout(make):
         ({"engine": {"tp_size": 1}, "devices": 2}, r"engine\.tp_size = 1, but cpu-2 has 2"),
         ({"devices": 3}, r"4 query and 2 key/value heads,.* 3 devices: use --set rollout\.engine"),
         ({"engine": {"chunked_prefill_size": 4}}, r"less than the 16 requests in flight"),
+        ({"engine": {"load_format": "auto"}}, r"load_format = auto: .* leave it at dummy"),
+        ({"engine": {"precompile_bs_paddings": (2, 64)}}, r"has 64, and at most 16 requests"),
+        ({"engine": {"precompile_token_paddings": (4,)}}, r"\[4, 64\]: .* 16 .* 64"),
         ({"engine": {"max_total_tokens": 31}}, r"31 is a KV pool too small .* 32 tokens .* 32"),
     ],
     ids=str,
@@ -344,6 +348,19 @@ def test_what_the_engine_cannot_run_is_refused_with_what_to_change(keys, match):
     job = engine_job(**keys)
     with pytest.raises(EngineError, match=match):
         check_engine(job, QWEN2)
+
+
+def test_more_requests_than_the_kernel_takes_are_refused_and_never_chosen():
+    model = dataclasses.replace(QWEN2, head_dim=128)
+    long = {"max_prompt_tokens": 1120, "max_completion_tokens": 4000, "prompts_per_step": 32}
+    on_tpu = {"accelerator": "v4-8"}
+    # 1024 x 1024 / 2 / 5121 tokens / 4: the kernel's table of pages.
+    left_open = engine_job(group_size=1, **long).model_copy(update=on_tpu)
+    assert settings_of(left_open).running == 25
+    check_engine(left_open, dataclasses.replace(model, heads=4, kv_heads=4))
+    asked = engine_job(group_size=1, engine={"max_running_requests": 32}, **long)
+    with pytest.raises(EngineError, match=r"= 32: .* at most 25 .* raise engine\.page_size"):
+        check_engine(asked.model_copy(update=on_tpu), model)
 
 
 def test_heads_of_64_are_refused_on_tpu_only():

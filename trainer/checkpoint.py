@@ -12,6 +12,7 @@ which appears whole or not at all.
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,10 +30,13 @@ from trainer.refusal import Refusal
 log = logging.getLogger(__name__)
 
 _RECORD, _STATE = "checkpoint.json", "state"
-# Keys of a job that may be others when it goes on: where it runs and what it tells. The last four
-# decide how a step is computed, not what; only 8-bit moments are laid out by them.
-_MAY_CHANGE = ("name", "cache_dir", "container", "metrics", "checkpoint", "evaluation")
-_MAY_CHANGE_TOO = ("eval_every_steps", "accelerator", "mesh", "engine")
+# Keys of a job that may be others when it goes on: where it runs, what it tells and when it looks.
+_MAY_CHANGE = (
+    "name", "cache_dir", "container", "metrics", "checkpoint", "evaluation", "eval_every_steps",
+    "engine",
+)  # fmt: skip
+_DECISIVE_OF_ENGINE = ("dtype", "kv_cache_dtype")  # they make the policy that is sampled from
+_PLACE = ("accelerator", "mesh")  # only 8-bit moments are laid out by it
 
 
 class CheckpointError(Refusal):
@@ -98,6 +102,7 @@ class Checkpoints:
             size_bytes=sum((part / _STATE / name).stat().st_size for name in files),
         )
         (part / _RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.sync()  # what the rename makes whole must outlive a crash of the host
         shutil.rmtree(made, ignore_errors=True)
         part.replace(made)
         self._newest = steps
@@ -128,7 +133,7 @@ def restore(job: Job, abstract: Any) -> tuple[Any, int]:
         wrong = sorted(name for name, _ in found.items() ^ record.files.items())
         raise CheckpointError(
             f"{folder}: {wrong[0]} is not what was saved ({len(set(wrong))} files differ): it was "
-            "damaged; use an older checkpoint"
+            f"damaged; {_instead(folder)}"
         )
     with ocp.StandardCheckpointer() as loader:
         state = loader.restore(folder / _STATE, abstract)
@@ -147,17 +152,29 @@ def read_record(folder: Path) -> Record:
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"checkpoint.resume = {folder}: no whole checkpoint ({_RECORD} is missing or cannot be "
-            "read); name a folder step_... of a run's checkpoints"
+            f"read); {_instead(folder)}"
         ) from error
 
 
+def _instead(folder: Path) -> str:
+    """What to go on from in place of a checkpoint that cannot be used."""
+    older = [path for path in sorted(folder.parent.glob("step_*")) if path.name < folder.name]
+    if not older:
+        return "there is no older one beside it: start anew"
+    return f"the one before it: --set checkpoint.resume={older[-1]}"
+
+
 def decisive(job: Job) -> dict[str, Any]:
-    """What of a job decides its next step, as {"train.learning_rate": ...}."""
+    """What of a job decides its next step, by key: {"train.loss": ...}; rows by their sha256."""
     tree = json.loads(job.to_json())
-    free = (*_MAY_CHANGE, *(() if job.update.moments == "int8" else _MAY_CHANGE_TOO))
+    free = (*_MAY_CHANGE, *(() if job.update.moments == "int8" else _PLACE))
     if job.train.schedule == "constant":
         free = (*free, "steps")
-    return _flat({key: value for key, value in tree.items() if key not in free})
+    found = _flat({key: value for key, value in tree.items() if key not in free})
+    found |= {f"engine.{key}": tree["engine"][key] for key in _DECISIVE_OF_ENGINE}
+    if job.data.path is not None:
+        found["data.path"] = "sha256 " + _sha256(Path(job.data.path))
+    return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -185,7 +202,10 @@ def _checksums(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.relative_to(folder).as_posix()] = digest
+            found[path.relative_to(folder).as_posix()] = _sha256(path)
     return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -153,7 +153,7 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
         CheckpointError: the checkpoint to go on from is not whole, or another job's.
         Stopped: a signal came; where checkpoints are wanted, the last whole step is saved.
     """
-    stops = stops or Stops()
+    stops = Stops() if stops is None else stops
     session = open_session(job, phases)
     prompts = read_prompts(session, "train")
     tests = read_prompts(session, "test") if job.eval_every_steps else []
@@ -171,22 +171,24 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
                 began = time.monotonic()
                 rolled = _roll(session, prompts_of_step(job, prompts, step), step)
                 session.rollout.sleep()
-                # While it learns the state is in no one place: a signal waits.
-                with phases("update"), stops.held():
-                    state, learned = learn(update, state, session, rolled, reference)
-                    done = step + 1
-                with phases("hand_over"):
-                    session.rollout.hand_over(update.params(state))
-                record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
-                metrics.write(record, step)
+                # While it learns the state is in no one place: a signal waits, and for the record.
+                with stops.held():
+                    with phases("update"):
+                        state, learned = learn(update, state, session, rolled, reference)
+                        done = step + 1
+                    with phases("hand_over"):
+                        session.rollout.hand_over(update.params(state))
+                    record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
+                    metrics.write(record, step)
                 _log_samples(session, rolled)
+                if job.eval_every_steps and done % job.eval_every_steps == 0:
+                    metrics.write(_evaluate(session, tests, after_steps=done), step)
                 if checkpoints.due(done):
                     with stops.held():
                         checkpoints.save(state, done)
-                if job.eval_every_steps and done % job.eval_every_steps == 0:
-                    metrics.write(_evaluate(session, tests, after_steps=done), step)
         except Stopped:
-            checkpoints.save_last(state, done)
+            with stops.held():
+                checkpoints.save_last(state, done)
             raise
 
 
@@ -205,10 +207,17 @@ def _first_state(session: Session, update: Update) -> tuple[Any, Any, int]:
 
 
 def evaluate_only(job: Job, run_dir: FilePath, phases: Phases) -> None:
-    """Evaluate the job's model as it is, without training."""
+    """Evaluate the job's model as it is, or a checkpoint of it, without training."""
     session = open_session(job, phases)
     tests = read_prompts(session, "test")
     with Metrics(job, run_dir) as metrics:
+        if job.checkpoint.resume is not None:
+            update = make_update(job, session.model.architecture, session.mesh)
+            with phases("load"):
+                state, done = restore(job, update.abstract)
+            session.rollout.hand_over(update.params(state))
+            metrics.write(_evaluate(session, tests, after_steps=done), done)
+            return
         shardings = state_shardings(session.mesh, session.model.architecture)
         at = lambda path: shardings[path[0]] if len(path) == 1 else shardings[path[0]][path[1]]
         place = lambda path, leaf: jax.device_put(leaf, at(path))

@@ -91,15 +91,16 @@ class Driver:
         self.runner: Any = worker.model_runner
         self.pool_tokens = int(self.runner.max_total_num_tokens)
         length, page = self.settings.length, self.settings.page_size
-        if self.pool_tokens < length:
+        if self.pool_tokens < -(-length // page) * page + page:
             raise EngineError(
-                f"the KV pool of sglang-jax holds {self.pool_tokens} tokens, and a sequence of the "
-                f"job up to {length}: raise engine.mem_fraction_static "
+                f"the KV pool of sglang-jax holds {self.pool_tokens} tokens, a sequence of the job "
+                f"up to {length}, and a page must be left: raise engine.mem_fraction_static "
                 f"({self.runner.mem_fraction_static}), of {gib(self.runner.free_bytes)} free with "
                 f"{gib(coming)} of weights to come, or shorten the sequences"
             )
+        worker.max_req_len = -(-length // page) * page
         worker.precompile_cache_loc_paddings = [
-            requests * -(-length // page) * page for requests in worker.precompile_bs_paddings
+            requests * worker.max_req_len for requests in worker.precompile_bs_paddings
         ]
         # It would keep seven tokens of each sequence back; what is asked was checked by `run`.
         self._scheduler.max_req_len = self._scheduler.max_req_input_len = length + 7
@@ -107,6 +108,7 @@ class Driver:
         self.hand_over = HandOver(self.runner.names, shapes, mesh, architecture, job.engine.dtype)
         self._make_pool = _pool_program(self.runner.token_to_kv_pool)
         self._key = jax.random.key(job.seed)
+        self.running = int(self._scheduler.max_running_requests)
         self._broken = False
         self._precompile = not job.engine.disable_precompile
         self.by_reference = False  # whether any weight it has is the trainer's own array
@@ -144,6 +146,7 @@ class Driver:
         scheduler = self._scheduler
         scheduler.last_batch = scheduler.cur_batch = None
         scheduler.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
+        scheduler.new_token_ratio = scheduler.init_new_token_ratio
         scheduler.tree_cache.reset()
         scheduler.token_to_kv_pool_allocator.clear()
         scheduler.req_to_token_pool.clear()
@@ -214,8 +217,9 @@ class Driver:
         scheduler.cur_batch = batch
         if batch is None:
             raise EngineFaultError(
-                f"sglang-jax has {len(scheduler.waiting_queue)} requests and runs none: a KV pool "
-                f"of {self.pool_tokens} tokens is too small; raise engine.max_total_tokens"
+                f"sglang-jax has {len(scheduler.waiting_queue)} requests and runs none, with a KV "
+                f"pool of {self.pool_tokens} tokens: raise engine.max_total_tokens, or, where "
+                "memory made it that small, engine.mem_fraction_static"
             )
         requests = list(batch.reqs)
         sampled = [found[request.rid] for request in requests]

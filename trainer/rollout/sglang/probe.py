@@ -1,6 +1,7 @@
 """Does the engine have the trainer's policy? Its logprobs against the trainer's on a few tokens.
 
-A wrong layout, a lost leaf or a stale one changes every logprob; rounding changes them by far less.
+A wrong layout, or a leaf that is lost or damaged, changes every logprob by more than rounding does.
+Weights of the step before are too near to be told from it in bf16.
 """
 
 from functools import partial
@@ -55,7 +56,7 @@ class Probe:
         known = np.concatenate([np.asarray(prompt, np.int32), sampled])
         tokens = np.zeros((1, r.max_prompt_tokens + TOKENS), np.int32)
         tokens[0, : len(known)] = known
-        found = self._logprobs(params, tokens, np.float32(temperature or 1.0))
+        found = self._logprobs(params, tokens, np.float32(temperature if temperature > 0 else 1.0))
         ours = np.asarray(found)[0, len(prompt) - 1 :][:count]
         distance = float(np.abs(ours - completions.logprobs[0, :count]).mean())
         limit = TOLERANCE[self._job.engine.dtype]

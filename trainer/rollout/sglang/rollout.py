@@ -58,10 +58,17 @@ class SglangRollout:
                 "engine=%s kv_pool_tokens=%d running=%d sequence=%d weights=%s/device",
                 self.name,
                 self.driver.pool_tokens,
-                settings.running,
+                self.driver.running,
                 settings.length,
                 gib(self.driver.runner.server_args.coming_bytes),
             )
+            asked = self._job.engine.max_total_tokens
+            if asked is not None and self.driver.pool_tokens < asked:
+                log.warning(
+                    "engine.max_total_tokens = %d, but its share of memory holds %d",
+                    asked,
+                    self.driver.pool_tokens,
+                )
         self.driver.wake(params)
         self._params = params
 

@@ -28,8 +28,7 @@ class Settings:
         running: requests in flight at once; more wait their turn.
         length: tokens of a sequence at its longest.
         page_size: tokens of one KV page.
-        pool_tokens: of the KV pool, at most: what `running` sequences of `length` fill, and a page,
-            since the engine starts a sequence only where something would be left.
+        pool_tokens: of the KV pool, at most: what `running` sequences of `length` fill.
         prefill_tokens: of one prefill program, at most.
         prefill_paddings: tokens of the prefill programs.
         decode_paddings: requests of the decode programs.
@@ -51,26 +50,34 @@ def settings_of(job: Job) -> Settings:
     """The engine's settings for a job."""
     e, r = job.engine, job.rollout
     page, length = e.page_size or 1, e.context_length or job.max_sequence_tokens
-    running = e.max_running_requests or r.chunk_size or job.sequences_per_step
+    running = e.max_running_requests or min(
+        r.chunk_size or job.sequences_per_step, _most_running(job, length, page)
+    )
     prefill = e.chunked_prefill_size
     if prefill is None:
         wanted = min(_MOST_PREFILL, max(_LEAST_PREFILL, r.max_prompt_tokens))
         prefill = _up_to(1 << (max(wanted, running) - 1).bit_length(), page)
-    one = _up_to(length, page)
-    pool = running * one + page if e.max_total_tokens is None else e.max_total_tokens
-    if pool >= one:
-        pool = max(pool, one + page)
     return Settings(
         tp_size=e.tp_size or job.target.devices,
         running=running,
         length=length,
         page_size=page,
-        pool_tokens=pool,
+        pool_tokens=e.max_total_tokens or running * _up_to(length, page),
         prefill_tokens=prefill,
-        prefill_paddings=e.precompile_token_paddings or (prefill,),
-        decode_paddings=e.precompile_bs_paddings or (running,),
+        prefill_paddings=tuple(sorted({*(e.precompile_token_paddings or ()), prefill})),
+        decode_paddings=tuple(sorted({*(e.precompile_bs_paddings or ()), running})),
         mem_fraction=e.mem_fraction_static,
     )
+
+
+def _most_running(job: Job, length: int, page: int) -> int:
+    """Requests that the attention backend takes at once.
+
+    Source: sglang-jax 0.0.2, flashattention_backend.py:281, native_backend.py:103.
+    """
+    if job.target.platform != "tpu":
+        return 4096
+    return max(1, 1024 * 1024 // 2 // -(-(length + 1) // page) // 4)
 
 
 def _up_to(number: int, multiple: int) -> int:
@@ -87,6 +94,7 @@ def check_engine(job: Job, architecture: Architecture) -> None:
         settings = settings_of(job)
         _check_heads(job, architecture, settings)
         _check_sizes(job, settings)
+        _check_asked(job, settings)
 
 
 def _check_heads(job: Job, a: Architecture, s: Settings) -> None:
@@ -105,6 +113,32 @@ def _check_heads(job: Job, a: Architecture, s: Settings) -> None:
             f"{job.model} has {a.heads} query and {a.kv_heads} key/value heads, which cannot be "
             f"shared out over {s.tp_size} devices: use --set rollout.engine=naive, or another "
             "accelerator"
+        )
+
+
+def _check_asked(job: Job, s: Settings) -> None:
+    """What the engine would drop or lower without a word."""
+    e, most = job.engine, _most_running(job, s.length, s.page_size)
+    if e.load_format != "dummy":
+        raise EngineError(
+            f"engine.load_format = {e.load_format}: the engine's weights are the trainer's, and "
+            "none are read: leave it at dummy"
+        )
+    if s.running > most:
+        raise EngineError(
+            f"engine.max_running_requests = {s.running}: sglang-jax {VERSION} runs at most {most} "
+            f"sequences of {s.length} tokens in pages of {s.page_size}: lower it, or raise "
+            "engine.page_size"
+        )
+    if max(s.decode_paddings) > s.running:
+        raise EngineError(
+            f"engine.precompile_bs_paddings has {max(s.decode_paddings)}, and at most {s.running} "
+            "requests run at once: leave out what is above"
+        )
+    if max(s.prefill_paddings) > s.prefill_tokens or min(s.prefill_paddings) < s.running:
+        raise EngineError(
+            f"engine.precompile_token_paddings = {list(s.prefill_paddings)}: each must be from the "
+            f"{s.running} requests in flight to engine.chunked_prefill_size = {s.prefill_tokens}"
         )
 
 

@@ -23,7 +23,7 @@ from jobs.spec import Job
 from trainer.architecture import Architecture, to_hf_config
 from trainer.rollout.sampling import Drawn
 from trainer.rollout.sglang import workarounds
-from trainer.rollout.sglang.settings import EngineError, settings_of
+from trainer.rollout.sglang.settings import EngineError, EngineFaultError, settings_of
 
 workarounds.apply()  # before anything of the engine is imported
 
@@ -157,7 +157,8 @@ def start(
         eos_ids: what ends a completion.
 
     Raises:
-        EngineError: it does not start, with its own words and our numbers.
+        EngineError: it finds too little memory, with its own words and our numbers.
+        EngineFaultError: it does not start for another reason.
     """
     logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
     substitutes = {
@@ -178,11 +179,15 @@ def start(
             with in_place_of(substitutes), _cache_settings_kept():
                 return _Scheduler(arguments, nobody)
         except (RuntimeError, ValueError, AssertionError) as error:
+            if "Not enough memory" not in str(error):
+                raise EngineFaultError(f"sglang-jax did not start: {error}") from error
             free = get_available_device_memory(arguments.device, empty_cache=False)
+            least = coming_bytes / max(free, 1)
+            share = f"must be above {least:.3f}" if least < 1 else "cannot help"
             raise EngineError(
                 f"sglang-jax did not start: {error} (its weights take {gib(coming_bytes)} of "
-                f"{gib(free)} free on a device, so engine.mem_fraction_static must be above "
-                f"{coming_bytes / max(free, 1):.3f}; it is {arguments.mem_fraction_static})"
+                f"{gib(free)} free on a device, so engine.mem_fraction_static {share}; it is "
+                f"{arguments.mem_fraction_static})"
             ) from error
 
 
@@ -202,11 +207,13 @@ def arguments_of(job: Job, folder: str, coming_bytes: int) -> Arguments:
         dtype=e.dtype,
         kv_cache_dtype=e.kv_cache_dtype,
         mem_fraction_static=settings.mem_fraction,
-        max_total_tokens=settings.pool_tokens,
+        # It starts a sequence only where a page would be left beside it.
+        max_total_tokens=settings.pool_tokens + settings.page_size,
         max_running_requests=settings.running,
         context_length=settings.length + 1,  # the engine takes one off
         page_size=settings.page_size,
         chunked_prefill_size=settings.prefill_tokens,
+        max_prefill_tokens=settings.prefill_tokens,
         precompile_token_paddings=list(settings.prefill_paddings),
         precompile_bs_paddings=list(settings.decode_paddings),
         disable_radix_cache=e.disable_radix_cache,

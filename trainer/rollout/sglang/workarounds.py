@@ -222,6 +222,12 @@ WORKAROUNDS = (
         how="the driver puts the settings back",
     ),
     Workaround(
+        name="environment",
+        symptom="SGLANG_ENABLE_DETERMINISTIC_SAMPLING is set in the environment of the process",
+        cause="server_args.py:155",
+        how="left there: only the sampler reads it, and that is not run",
+    ),
+    Workaround(
         name="page_padding",
         symptom="AssertionError: total_cache_loc_size, where sequences do not fill their pages",
         cause="managers/tp_worker.py:162 rounds the batch to pages, not each sequence",
