@@ -4,19 +4,18 @@ A VM here is a container with systemd, sshd, sudo and a Docker engine of its own
 (stand_in_vm.Dockerfile); like a real one it is reached by ssh and by nothing else.
 """
 
-import asyncio
 import hashlib
 import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from docker_fixtures import REPOSITORY, Engine
-from rattler.index import index_fs
 
 DOCKERFILE = REPOSITORY / "tests" / "stand_in_vm.Dockerfile"
 USER = "person"
@@ -129,7 +128,12 @@ def conda_channel(engine: Engine, base: str, folder: Path) -> str:
         engine.docker("rm", container)
     with tarfile.open(fileobj=io.BytesIO(copied)) as source:
         version = write_python(source, subdir)
-    asyncio.run(index_fs(str(folder)))
+    # In a process of its own, left at once: py-rattler 0.28.0 can abort an interpreter at its end.
+    index = (
+        "import asyncio, os, sys; from rattler.index import index_fs; "
+        "asyncio.run(index_fs(sys.argv[1])); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", index, str(folder)], check=True, timeout=120)
     assert (subdir / "repodata.json").exists(), version
     return folder.as_uri()
 

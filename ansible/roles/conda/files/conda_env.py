@@ -11,6 +11,7 @@ place is taken by something else.
 
 import asyncio
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -113,6 +114,9 @@ def main(verb: str, text: str) -> None:
     except TakenError as error:
         sys.exit(f"Error: {error}")
     sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
+    # py-rattler 0.28.0 leaves threads that now and then abort an interpreter at its end.
+    os._exit(0)
 
 
 if __name__ == "__main__":
