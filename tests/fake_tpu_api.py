@@ -62,7 +62,10 @@ class Zone:
         self.keys: dict[str, list[str]] = {}
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
 
-    def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    # A line a question is easier to hold against the API's pages than a dispatcher is.
+    def answer(  # noqa: C901, PLR0911
+        self, method: str, path: str, body: dict[str, Any]
+    ) -> tuple[int, dict[str, Any]]:
         """Status and body for a request."""
         if method != "GET" and "getGuestAttributes" not in path:
             self.asked.append((method, path, body))

@@ -143,7 +143,8 @@ def write_python(source: tarfile.TarFile, subdir: Path) -> str:
     members = {}
     for member in source.getmembers():
         inside = member.name.partition("/")[2]
-        if not inside.startswith(("bin/python3", "lib/")) or not (member.isfile() or member.issym()):
+        ours = inside.startswith(("bin/python3", "lib/"))
+        if not ours or not (member.isfile() or member.issym()):
             continue
         below = inside.removeprefix("lib/python3.12/")
         if below.startswith(LEFT_OUT) or "__pycache__" in inside or "-config" in inside:
@@ -169,10 +170,10 @@ def write_python(source: tarfile.TarFile, subdir: Path) -> str:
         })  # fmt: skip
     version, build_name = "3.12.1", "0_test"
     index = {
-        **{"name": "python", "version": version, "build": build_name, "build_number": 0},
-        **{"depends": [], "license": "PSF-2.0", "platform": "linux", "arch": "x86_64"},
-        **{"subdir": "linux-64", "timestamp": 1700000000000},
-    }
+        "name": "python", "version": version, "build": build_name, "build_number": 0,
+        "depends": [], "license": "PSF-2.0", "platform": "linux", "arch": "x86_64",
+        "subdir": "linux-64", "timestamp": 1700000000000,
+    }  # fmt: skip
     told = {
         "info/index.json": json.dumps(index),
         "info/paths.json": json.dumps({"paths": paths, "paths_version": 1}),

@@ -91,9 +91,7 @@ def test_without_a_name_all_that_are_ready_are_listed(tmp_path):
     ready = fake_tpu_api.node("hr", ADDRESSES)
     away = fake_tpu_api.node("gone", ["203.0.113.9"], state="PREEMPTED")
     told = {"list": [away, ready], "get-guest-attributes": attributes(KEYS)}
-    made = gcloud.inventory(
-        {"TPU_ZONE": "z"}, gcloud=lambda verb, *_: told[verb], folder=tmp_path
-    )
+    made = gcloud.inventory({"TPU_ZONE": "z"}, gcloud=lambda verb, *_: told[verb], folder=tmp_path)
     assert made["tpu"]["hosts"] == ["hr-w0", "hr-w1"]
 
 

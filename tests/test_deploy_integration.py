@@ -1,7 +1,7 @@
 """ansible/ for real: two stand-in VMs, deployed to, run on, broken and mended, over pinned ssh.
 
-One pair of VMs serves the whole file, in any order of the tests: `deployed` is the first deployment,
-`again` the second, `smoked` the smoke job. A test that changes a VM puts it back.
+One pair of VMs serves the whole file, in any order of the tests: `checked` is a check of bare VMs,
+`deployed` the first deployment, `again` the second. A test that changes a VM puts it back.
 """
 
 import json
@@ -24,7 +24,7 @@ from stand_in_vms import Vm
 pytestmark = pytest.mark.docker
 
 ROOT = "/opt/headroom"
-LOCK = "/tmp/libtpu_lockfile"
+LOCK = "/tmp/libtpu_lockfile"  # noqa: S108 - where libtpu puts it
 SHELL = "headroom-test/shell:deploy"
 # A trainer of a few lines, in a file that each VM has its own of.
 SHELL_JOB = f"""\
@@ -134,7 +134,7 @@ def bare(headroom_image, tmp_path_factory):
     """Two VMs with nothing of ours on them, and a controller that knows their keys."""
     engine, base = headroom_image.engine, headroom_image.base
     folder = tmp_path_factory.mktemp("site")
-    shell = f"FROM {base}\nENTRYPOINT [\"/bin/sh\", \"/told/job.sh\"]\n"
+    shell = f'FROM {base}\nENTRYPOINT ["/bin/sh", "/told/job.sh"]\n'
     (folder / "shell").mkdir()
     (folder / "shell" / "Dockerfile").write_text(shell)
     engine.docker("build", "--quiet", "--tag", SHELL, str(folder / "shell"))
@@ -373,7 +373,8 @@ def test_a_wrong_host_key_is_refused(site):
     known = site.inventory.parent / "wrong_known_hosts"
     lines = [vm.host_key for vm in site.vms]
     # Each VM under the other's key.
-    swapped = [f"{a.split()[0]} {b.split(maxsplit=1)[1]}" for a, b in zip(lines, lines[::-1], strict=True)]
+    pairs = zip(lines, reversed(lines), strict=True)
+    swapped = [f"{mine.split()[0]} {other.split(maxsplit=1)[1]}" for mine, other in pairs]
     known.write_text("\n".join(swapped) + "\n")
     sockets = site.scratch / "wrong"
     played = replace(site, scratch=sockets).play("deploy.yml", known_hosts_file=str(known))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LOCKS = ["dev", "trainer", "tpu", "runner", "build"]
+LOCKS = ["dev", "trainer", "tpu", "runner", "build", "conda"]
 NEEDED = ["bash", "env", "cat", "sha256sum", "cut", "mkdir", "flock", "mktemp", "rm", "awk", "sed"]
 NEEDED += ["dirname", "sort", "head", "touch", "cp", "ls", "realpath", "tr", "grep"]
 
@@ -201,7 +201,7 @@ def test_a_lock_pins_all_that_is_asked_for_by_hash_and_names_no_host(name):
 
 def test_the_locks_agree_with_each_other_and_hold_what_the_engine_needs():
     dev = pins("dev")
-    for name in ["trainer", "runner", "build"]:
+    for name in ["trainer", "runner", "build", "conda"]:
         assert pins(name).items() <= dev.items(), name
     for name, version in pins("tpu").items():
         assert dev.get(name, version) == version

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Inventory of TPU VMs from gcloud: every worker, in order, with the host key that Google vouches for.
+"""Inventory of TPU VMs from gcloud: every worker, in order, with the host key that it published.
 
     TPU_NAME=my-tpu TPU_ZONE=us-central2-b ansible-playbook -i inventory/gcloud.py deploy.yml
 
@@ -41,9 +41,7 @@ def run_gcloud(verb: str, *more: str) -> Any:
     """
     argv = ["gcloud", "compute", "tpus", "tpu-vm", verb, *more, "--format=json"]
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except FileNotFoundError as error:
         raise NotFitError(
             "there is no gcloud on the PATH; write inventory/hosts.yaml instead"
@@ -153,8 +151,8 @@ def inventory(
         missing = [host for host, made in workers.items() if made["tpu_worker"] not in keys]
         if missing:
             raise NotFitError(
-                f"{', '.join(missing)} published no ssh host key in its guest attributes: were they "
-                "enabled (enable-guest-attributes=TRUE)? Else pin it by hand in inventory/hosts.yaml"
+                f"{', '.join(missing)} published no ssh host key in its guest attributes: were "
+                "they enabled (enable-guest-attributes=TRUE)? Or pin it by hand: docs/deploy.md"
             )
         lines = [
             " ".join((made["ansible_host"], *keys[made["tpu_worker"]])) for made in workers.values()

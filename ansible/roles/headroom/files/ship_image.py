@@ -1,6 +1,6 @@
 """Send an image from this machine's Docker engine to a VM's, over ssh; nothing is kept in between.
 
-    ship_image.py IMAGE TO    TO is JSON, see `To`
+ship_image.py IMAGE TO; TO is JSON, see `To`.
 """
 
 import json
@@ -30,10 +30,10 @@ class To:
 
 
 def ssh_argv(to: To, command: list[str]) -> list[str]:
-    """ssh that runs a command there.
+    """The argument vector of ssh that runs a command there.
 
-    >>> print(ssh_argv(To("10.0.0.9", '-o UserKnownHostsFile="/a b"', user="me", sudo=False), ["id"]))
-    ['ssh', '-o', 'UserKnownHostsFile=/a b', '-l', 'me', '--', '10.0.0.9', 'id']
+    >>> ssh_argv(To("10.0.0.9", '-o UserKnownHostsFile="/a b"', sudo=False), ["id", "-u"])
+    ['ssh', '-o', 'UserKnownHostsFile=/a b', '--', '10.0.0.9', 'id -u']
     """
     argv = ["ssh", *shlex.split(to.options)]
     for flag, value in (("-l", to.user), ("-p", str(to.port)), ("-i", to.key)):

@@ -1,6 +1,6 @@
 """Wait for a systemd unit to end, for so many seconds at most; print the state it is in then.
 
-    wait_unit.py UNIT SECONDS
+wait_unit.py UNIT SECONDS
 """
 
 import subprocess

@@ -12,7 +12,6 @@ Runs on the machine by its own Python (3.10 or later), without any package, as r
 """
 
 import fcntl
-import glob
 import json
 import os
 import platform
@@ -107,7 +106,8 @@ def free_bytes(path: Path) -> int:
 
 def chip_files(wanted: Wanted) -> list:
     """Device files of the chips, sorted."""
-    return sorted({name for pattern in wanted.devices for name in glob.glob(pattern)})
+    root = Path("/")
+    return sorted({str(p) for pattern in wanted.devices for p in root.glob(pattern.lstrip("/"))})
 
 
 def unfit(wanted: Wanted, machine: dict) -> list:
@@ -180,7 +180,7 @@ def holders(wanted: Wanted) -> dict:
     lock = lock_state(Path(wanted.lock))
     containers = our_containers(wanted)
     ours, foreign = [], []
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    for pid in sorted(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
         what = held_files(pid, wanted)
         if pid == lock["held_by"] and wanted.lock not in what:
             what.append(wanted.lock)
@@ -210,8 +210,8 @@ def held_files(pid: int, wanted: Wanted) -> list:
     known = set(chip_files(wanted))
     found = set()
     try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = str(link.readlink())
             if target in known or patterns.fullmatch(target):
                 found.add(target)
     except OSError:  # it has ended
@@ -221,10 +221,10 @@ def held_files(pid: int, wanted: Wanted) -> list:
 
 def is_our_trainer(argv: list, wanted: Wanted) -> bool:
     """True for `python -P -m trainer VERB ROOT/jobs/.../job.json`, word by word."""
-    jobs = os.path.join(wanted.root, "jobs", "")
+    jobs = f"{wanted.root}/jobs/"
     return (
-        len(argv) == 6  # noqa: PLR2004 - the words of the line above
-        and os.path.basename(argv[0]).startswith("python")
+        len(argv) == 6
+        and Path(argv[0]).name.startswith("python")
         and argv[1:4] == ["-P", "-m", "trainer"]
         and os.path.normpath(argv[5]) == argv[5]
         and argv[5].startswith(jobs)
@@ -239,9 +239,9 @@ def our_containers(wanted: Wanted) -> dict:
     form = '{{.ID}} {{.Names}} {{.Label "headroom.run_dir"}}'
     argv = ["docker", "ps", "--no-trunc", "--filter", "label=headroom=1", "--format", form]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    jobs = os.path.join(wanted.root, "jobs", "")
+    jobs = f"{wanted.root}/jobs/"
     rows = [line.split(" ", 2) for line in done.stdout.splitlines()]
-    return {r[0]: r[1] for r in rows if len(r) == 3 and r[2].startswith(jobs)}  # noqa: PLR2004
+    return {r[0]: r[1] for r in rows if len(r) == 3 and r[2].startswith(jobs)}
 
 
 def container_of(pid: int, containers: dict) -> "str | None":
