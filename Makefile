@@ -1,6 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test check format image deploy logs lock schema clean
+.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -17,7 +17,7 @@ LOCK := .venv/bin/uv pip compile --quiet --python-version 3.12 --generate-hashes
 needs-host = $(if $(HOST),,$(error HOST is empty: make $@ HOST=my-tpu-w0, a host of ansible/$(INVENTORY)))
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from the lock (every target does); PYTHON=/path/to/python3.12
 	@docker/setup_venv.sh $(PYTHON)
@@ -27,6 +27,9 @@ smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/sm
 
 test: check ## Check, then run all tests; ARGS="-k reward"
 	.venv/bin/python -m pytest $(ARGS)
+
+test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
+	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)
 
 check: setup ## Lint, format, types, imports, spelling, YAML, Dockerfile, shell
 	.venv/bin/ruff check .

@@ -206,18 +206,30 @@ def test_ssh_gets_every_option_as_one_word():
     ]
 
 
-@pytest.mark.parametrize(("save", "load", "code"), [(0, 0, 0), (3, 0, 3), (0, 4, 4)])
-def test_an_image_is_shipped_only_where_both_ends_say_so(tmp_path, monkeypatch, save, load, code):
+@pytest.mark.parametrize(("save", "load"), [(0, 0), (3, 0), (0, 4)])
+def test_an_image_is_shipped_by_its_id_and_only_where_both_ends_say_so(
+    tmp_path, monkeypatch, save, load
+):
     """Programs in the place of docker and ssh: the one writes, the other reads all of it."""
-    for name, script in {
-        "docker": f"echo image of $2; exit {save}",
-        "ssh": f"cat >{tmp_path}/got; exit {load}",
-    }.items():
+    there = (
+        f'case "$4" in *load*) cat >{tmp_path}/got; echo Loaded image ID: sha256:12; exit {load};; '
+        f'*) echo "$4" >>{tmp_path}/tagged;; esac'
+    )
+    here = f'case "$1" in save) echo image of $2; exit {save};; *) echo sha256:12;; esac'
+    for name, script in {"docker": here, "ssh": there}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert ship_image.ship("headroom:cpu", ship_image.To("vm", "")) == code
-    assert (tmp_path / "got").read_text() == "image of headroom:cpu\n"
+    send = lambda: ship_image.ship("headroom:cpu", "headroom:cpu-abc", ship_image.To("vm", "-4"))
+    if save or load:
+        with pytest.raises(ship_image.NotShippedError, match=str(save + load)):
+            send()
+        assert not (tmp_path / "tagged").exists()
+        return
+    send()
+    assert (tmp_path / "got").read_text() == "image of sha256:12\n"
+    tagged = (tmp_path / "tagged").read_text()
+    assert tagged == "sudo -n docker tag sha256:12 headroom:cpu-abc\n"
 
 
 def ended(folder: Path, worker: str, code: int, reason: str, second: int) -> Path:

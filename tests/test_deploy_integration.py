@@ -7,6 +7,7 @@ One pair of VMs serves the whole file, in any order of the tests: `checked` is a
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -37,7 +38,6 @@ container:
   binds: ['/told:/told:ro']
   pass_env: [HF_TOKEN]
 """
-SECRET = "hf_s3cr3tOfATest"  # noqa: S105
 UNTIL_TOLD = "trap 'exit 143' TERM; echo step=0; while :; do sleep 0.1; done"
 
 
@@ -72,6 +72,7 @@ class Site:
             "ANSIBLE_HOME": str(self.scratch / "ansible"),
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.scratch),
             "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_SSH_RETRIES": "0",
             "LC_ALL": "C.UTF-8",
         }
         done = subprocess.run(
@@ -283,15 +284,17 @@ def test_the_smoke_job_ends_with_0_and_its_log_and_run_directory_are_here(site):
 
 
 def test_two_workers_run_at_once_and_a_secret_is_in_no_artefact(site, tmp_path):
-    secrets = tmp_path / "env"
-    secrets.write_text(f"HF_TOKEN={SECRET}\n")
-    secrets.chmod(0o644)
+    # Made here: a constant would stand in the clone of these very files.
+    secret = secrets.token_hex(8)
+    env_file = tmp_path / "env"
+    env_file.write_text(f"HF_TOKEN={secret}\n")
+    env_file.chmod(0o644)
     job = told(site, *["date +%s; sleep 5; echo token of ${#HF_TOKEN}; date +%s"] * 2)
-    asked = {"run_job_file": str(job), "run_job_id": "both", "run_job_env_file": str(secrets)}
+    asked = {"run_job_file": str(job), "run_job_id": "both", "run_job_env_file": str(env_file)}
     refused = site.play("run.yml", **asked)
     assert refused.rc != 0
     assert "has mode 0644, 0600 wanted" in refused.text
-    secrets.chmod(0o600)
+    env_file.chmod(0o600)
     played = site.play("run.yml", "-vvv", "--diff", **asked)
     assert played.rc == 0, played.text[-6000:]
     assert "exit_status=0 on 2 of 2 workers" in played.text
@@ -299,17 +302,17 @@ def test_two_workers_run_at_once_and_a_secret_is_in_no_artefact(site, tmp_path):
     for worker in ("w0", "w1"):
         [run] = (site.fetched("both") / worker / "runs").iterdir()
         began, said, ended, status = (run / "run.log").read_text().splitlines()
-        assert (said, status) == (f"token of {len(SECRET)}", "exit_status=0")
+        assert (said, status) == (f"token of {len(secret)}", "exit_status=0")
         times.append((int(began), int(ended)))
     assert max(began for began, _ in times) < min(ended for _, ended in times)
-    needle = SECRET.encode()
+    needle = secret.encode()
     assert needle not in played.text.encode()
     for folder in (site.clone, site.scratch, site.inventory.parent):
         assert not [p for p in folder.rglob("*") if p.is_file() and needle in p.read_bytes()]
     for vm in site.vms:
         places = f"{ROOT} /run /tmp /var/log /etc /home /root"
-        grep = f"grep -rlsF {SECRET} {places}; journalctl --quiet | grep -F {SECRET}; "
-        units = f"systemctl show 'headroom-job*' | grep -F {SECRET}; true"
+        grep = f"grep -rlsF {secret} {places}; journalctl --quiet | grep -F {secret}; "
+        units = f"systemctl show 'headroom-job*' | grep -F {secret}; true"
         assert vm.says("sh", "-c", grep + units) == ""
 
 
@@ -411,7 +414,8 @@ def test_a_tree_that_differs_from_its_commit_is_refused(site):
 
 def test_a_half_done_deployment_heals_and_a_rollback_goes_back(site):
     first, vm = site.head(), site.vms[1]
-    (site.clone / "jobs" / "smoke.yaml").open("a").write("# another commit\n")
+    (site.clone / "jobs" / "another.yaml").write_text("# another commit\n")
+    git(site.clone, "add", "--all")
     git(site.clone, "commit", "--all", "--quiet", "--message=another")
     second = site.head()
     try:

@@ -5,6 +5,7 @@
 
 TPU_NAME: one TPU VM; unset: all of the zone that are READY.  TPU_ZONE: as gcloud's --zone.
 TPU_PROJECT: unset: gcloud's own.  TPU_USER: who gets in, root when unset.
+The key is gcloud's, ~/.ssh/google_compute_engine, where there is one.
 TPU_ADDRESS: external or internal; unset: external where there is one.
 
 Host keys are read from the guest attributes that each VM published when it booted, and written to a
@@ -160,9 +161,12 @@ def inventory(
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text("".join(f"{line}\n" for line in lines))
         found |= {host: {**made, "known_hosts_file": str(known)} for host, made in workers.items()}
-    user = asked.get("TPU_USER") or "root"
+    variables = {"ansible_user": asked.get("TPU_USER") or "root"}
+    key = Path(asked.get("HOME", "/")) / ".ssh" / "google_compute_engine"
+    if key.is_file():
+        variables["ansible_ssh_private_key_file"] = str(key)
     return {
-        "tpu": {"hosts": list(found), "vars": {"ansible_user": user}},
+        "tpu": {"hosts": list(found), "vars": variables},
         "_meta": {"hostvars": found},
     }
 

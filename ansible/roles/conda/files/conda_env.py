@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +75,14 @@ def look(wanted: Wanted) -> dict:
 
 
 async def make(wanted: Wanted) -> dict:
-    """Make the environment, or go on where that was broken off; a whole one is left alone."""
+    """Make the environment, anew where that was broken off; a whole one is left alone."""
     before = look(wanted)
     if before["state"] == "whole":
         return {**before, "changed": False}
     import rattler
 
+    if before["state"] == "unfinished":
+        shutil.rmtree(wanted.prefix)
     meta = Path(wanted.prefix) / "conda-meta"
     meta.mkdir(parents=True, exist_ok=True)
     (meta / UNFINISHED).touch()

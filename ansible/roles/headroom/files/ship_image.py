@@ -1,6 +1,6 @@
 """Send an image from this machine's Docker engine to a VM's, over ssh; nothing is kept in between.
 
-ship_image.py IMAGE TO; TO is JSON, see `To`.
+ship_image.py IMAGE TAG TO; TAG is its name there, TO is JSON, see `To`.
 """
 
 import json
@@ -8,6 +8,10 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+
+
+class NotShippedError(Exception):
+    """The image is not there; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,39 @@ def ssh_argv(to: To, command: list[str]) -> list[str]:
     return [*argv, "--", to.address, shlex.join(words)]
 
 
-def ship(image: str, to: To) -> int:
-    """Save here, load there; 0 where both ended well."""
-    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
-        load = subprocess.run(
-            ssh_argv(to, ["docker", "load", "--quiet"]), stdin=save.stdout, check=False
-        )
-        # Only ours is left: where the loading ended early, the saving must not wait for a reader.
+def ship(image: str, tag: str, to: To) -> None:
+    """Save here, load there, and name there what arrived; no other name there is touched.
+
+    Raises:
+        NotShippedError: with the words of the program that failed.
+    """
+    # By its id: a name would be given there as soon as it is loaded, also to one that jobs use.
+    found = run(["docker", "image", "inspect", "--format", "{{.Id}}", image], "")
+    with subprocess.Popen(["docker", "save", found], stdout=subprocess.PIPE) as save:
+        argv = ssh_argv(to, ["docker", "load", "--quiet"])
+        load = subprocess.run(argv, stdin=save.stdout, capture_output=True, text=True, check=False)
+        # Where the loading ended early the saving must not wait for a reader.
         if save.stdout is not None:
             save.stdout.close()
-    return load.returncode or save.returncode
+    if save.returncode or load.returncode:
+        raise NotShippedError(
+            f"{image}: docker save ended with {save.returncode}, docker load at {to.address} "
+            f"with {load.returncode}: {load.stderr.strip()}"
+        )
+    arrived = load.stdout.strip().rpartition(" ")[2]
+    run(ssh_argv(to, ["docker", "tag", arrived, tag]), image)
+
+
+def run(argv: list[str], about: str) -> str:
+    """What a program prints that has to succeed."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotShippedError(f"{about} {argv}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
-    sys.exit(ship(sys.argv[1], To(**json.loads(sys.argv[2]))))
+    try:
+        ship(sys.argv[1], sys.argv[2], To(**json.loads(sys.argv[3])))
+    except NotShippedError as error:
+        sys.exit(f"Error: {error}")
