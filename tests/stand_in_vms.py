@@ -72,7 +72,6 @@ def start(engine: Engine, image: str, *, name: str, keys: Path, mount: Path) -> 
     """Starts one; whoever has keys/id gets in as USER. `mount` is seen there, read-only."""
     host_key = keys / f"{name}.key"
     ssh_keygen(host_key)
-    engine.run("docker", "rm", "--force", "--volumes", name)
     engine.docker(
         *("create", "--name", name, "--hostname", name, "--label=headroom.test=vm", *OPTIONS),
         *(f"--volume={mount}:{mount}:ro", image),

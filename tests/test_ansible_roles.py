@@ -100,6 +100,7 @@ def test_the_file_of_a_dead_holder_is_removed_and_a_check_only_says_so(wanted, s
         (["/env/bin/python3.12", "-P", "-m", "trainer", "train", "{jobs}/a/runs/r/job.json"], True),
         (["python", "-P", "-m", "trainer", "plan", "{jobs}/a/runs/r/job.json"], True),
         (["tail", "-P", "-m", "trainer", "train", "{jobs}/a/runs/r/job.json"], False),
+        (["python", "-c", "import", "trainer", "train", "{jobs}/a/runs/r/job.json"], False),
         (["python", "-m", "trainer", "train", "{jobs}/a/runs/r/job.json"], False),
         (["python", "-P", "-m", "trainer", "train", "/home/other/job.json"], False),
         (["python", "-P", "-m", "trainer", "train", "{jobs}/../../other/job.json"], False),
@@ -140,11 +141,15 @@ def test_what_a_machine_lacks_is_told_in_numbers(tmp_path, wanted):
         open_files=2**40, now=time.time() - 3600,
     )  # fmt: skip
     found = "\n".join(host_check.look(asked)["problems"])
-    for words in [
-        f"the system is {host_check.facts(asked)['system']}; known: plan9", "1e+06 wanted (tpu_vm_ram_gib)",
-        "0 device files of chips", "1e+09 wanted: free some", "open files is",
+    system = host_check.facts(asked)["system"]
+    for words in (
+        f"the system is {system}; known: plan9",
+        "1e+06 wanted (tpu_vm_ram_gib)",
+        "0 device files of chips",
+        "1e+09 wanted: free some",
+        "open files is",
         "its clock differs by 3600 s from the controller's, 30 allowed",
-    ]:  # fmt: skip
+    ):
         assert words in found, words
     (tmp_path / "accel0").touch()
     with (tmp_path / "accel0").open():

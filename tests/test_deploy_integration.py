@@ -26,7 +26,9 @@ pytestmark = pytest.mark.docker
 
 ROOT = "/opt/headroom"
 LOCK = "/tmp/libtpu_lockfile"  # noqa: S108 - where libtpu puts it
-SHELL = "headroom-test/shell:deploy"
+# Two sessions may share an engine.
+OURS = f"headroom-test-{os.getpid()}"
+SHELL = f"headroom-test/shell:{os.getpid()}"
 # A trainer of a few lines, in a file that each VM has its own of.
 SHELL_JOB = f"""\
 name: told
@@ -147,7 +149,7 @@ def bare(headroom_image, tmp_path_factory):
     vms = []
     try:
         for number in range(2):
-            name = f"headroom-test-w{number}"
+            name = f"{OURS}-w{number}"
             keys = folder / "keys"
             vms.append(
                 stand_in_vms.start(engine, image, name=name, keys=keys, mount=folder / "channel")
