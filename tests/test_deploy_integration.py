@@ -173,12 +173,13 @@ def checked(bare):
 
 @pytest.fixture(scope="module")
 def deployed(bare, checked):
-    """The first deployment, and after it the same small image on both VMs."""
+    """The first deployment, and after it the image of the told trainer on both VMs."""
     assert checked
     played = bare.play("deploy.yml")
     assert played.rc == 0, played.text[-6000:]
-    save = f"docker save {SHELL} | docker exec -i {bare.vms[0].name} docker load"
-    bare.vms[0].engine.run("sh", "-c", save)
+    for vm in bare.vms:
+        save = f"docker save {SHELL} | docker exec -i {vm.name} docker load"
+        assert vm.engine.run("sh", "-c", save).returncode == 0
     return replace(bare), played
 
 
