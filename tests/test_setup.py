@@ -180,6 +180,29 @@ def test_make_passes_job_stage_and_arguments_on():
     assert make("-n", "image", "STAGE=tpu", "BASE=b:1").strip() == "docker/build_image.sh tpu b:1"
 
 
+@pytest.mark.parametrize(
+    ("argv", "runs"),
+    [
+        (["deploy", "ARGS=--check"], "inventory/hosts.yaml --limit 'w0' deploy.yml --check"),
+        (["logs", "INVENTORY=inventory/gcloud.py"], "inventory/gcloud.py --limit 'w0' fetch.yml"),
+        (["smoke"], "inventory/hosts.yaml --limit 'w0' smoke.yml"),
+        (["smoke", "JOB=jobs/x.yaml"], "--limit 'w0' smoke.yml -e 'run_job_file=jobs/x.yaml'"),
+    ],
+)
+def test_with_a_host_the_playbooks_run_there(argv, runs):
+    command = make("-n", *argv, "HOST=w0").splitlines()[-1].rstrip()
+    assert command.startswith("cd ansible && ../.venv/bin/ansible-playbook -i inventory/")
+    assert command.endswith(runs)
+
+
+@pytest.mark.parametrize("target", ["deploy", "logs"])
+def test_without_a_host_nothing_is_deployed_or_fetched(target):
+    argv = ["make", "-n", target]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"HOST is empty: make {target} HOST=" in done.stderr
+
+
 def pins(name: str) -> dict[str, str]:
     text = (REPOSITORY / "docker" / f"{name}.txt").read_text()
     return dict(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", text, re.MULTILINE))
