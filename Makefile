@@ -1,6 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema clean
+.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -66,6 +66,9 @@ lock: setup ## Make the locks in docker/ again; ARGS=--upgrade takes newer versi
 
 schema: setup ## Make jobs/job.schema.json from the job model
 	.venv/bin/python -m jobs.schema
+
+plan-table: setup ## Make docs/plan.md's table, predicted against hardware, again (compiles: minutes)
+	.venv/bin/python -m benchmarks.plan_table
 
 clean: ## Remove what set-up and tests made (.venv, .cache); runs/ and logs/ stay
 	tests/docker_engine.sh stop .cache/engine

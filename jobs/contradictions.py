@@ -18,6 +18,10 @@ BIND = re.compile(r"(/[^:]*):(/[^:]*)(?::(ro|rw))?", re.DOTALL)  # source, targe
 def contradictions(job: Job) -> list[Problem]:
     """Every contradiction between the values of a job, an unknown accelerator among them."""
     found = [*_data_contradictions(job), *_engine_contradictions(job), *_bind_contradictions(job)]
+    resume = job.checkpoint.resume
+    if resume is not None and not Path(resume).is_dir():
+        text = "is not a folder that can be read from here"
+        found.append(Problem("checkpoint.resume", resume, text))
     try:
         target = job.target
     except KeyError as error:

@@ -14,6 +14,7 @@ MANIFEST_FILE = "manifest.json"
 LOG_FILE = "run.log"
 STEPS_FILE = "steps.jsonl"
 HBM_FILE = "hbm.jsonl"
+CHECKPOINTS = "checkpoints"  # a run's folder of them, each named for the steps that are in it
 FAILURE_FILE = "failure.json"
 PLAN_FILE = "plan.json"
 FIT_FILE = "fit.json"
@@ -290,6 +291,24 @@ class MemFractionInterval(Record):
     up_to: float
 
 
+class Contiguity(Record):
+    """A program for which enough is free when it is first loaded, but perhaps not in one piece.
+
+    Attributes:
+        program: that wants its temporaries and code contiguous.
+        needs_bytes: of both.
+        free_bytes: when it is loaded.
+        untouched_bytes: of those, never used until then: they are in one piece.
+        freed: by owner, what was let go of since: it may lie in many pieces.
+    """
+
+    program: str
+    needs_bytes: int
+    free_bytes: int
+    untouched_bytes: int
+    freed: dict[str, int]
+
+
 class Advice(Record):
     """A change of the job that was planned, too.
 
@@ -331,8 +350,11 @@ class MemoryPlan(Record):
         mem_fraction_interval: of the engine; None without.
         why: what fills the temporaries of the fullest program, largest first.
         fragmentation_bytes: of those temporaries, covered by nothing at their fullest moment.
+        contiguity: programs that may find no piece of memory that is large enough.
         advice: best first; empty where the job fits, or nothing was found.
         assumptions: what the figures take for granted, with sources.
+        step: seconds of one step, by part, by a model of its shapes: never a measurement; empty
+            where the engine would not start.
         versions: of the packages that decide the figures.
     """
 
@@ -352,8 +374,10 @@ class MemoryPlan(Record):
     mem_fraction_interval: MemFractionInterval | None = None
     why: list[PeakTensors] = []
     fragmentation_bytes: int = 0
+    contiguity: list[Contiguity] = []
     advice: list[Advice] = []
     assumptions: list[str] = []
+    step: dict[str, float] = {}
     versions: dict[str, str] = {}
 
 

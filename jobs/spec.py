@@ -112,6 +112,8 @@ class Engine(Part):
     """Of the KV pool."""
     tp_size: Count | None = None
     """Chips that share one copy of the weights; all of them when unset."""
+    residency: Literal["sleep", "drop_kv", "keep"] = "sleep"
+    """Through the update. sleep: no weights, no KV pool; drop_kv: weights stay; keep: both do."""
     load_format: Literal["auto", "dummy"] = "dummy"
     """dummy: weights come from the trainer, none are read."""
     log_level: Literal["debug", "info", "warning", "error"] = "error"
@@ -236,6 +238,17 @@ class Metrics(Part):
     """Completions printed in the log each step."""
 
 
+class Checkpoint(Part):
+    """What is kept of a run so that it can go on (trainer/checkpoint.py)."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Save after every so many steps, and when asked to stop; 0: never."""
+    keep: Count = 2
+    """The newest so many; older ones are removed once a newer one is whole."""
+    resume: LocalPath | None = None
+    """Go on from this checkpoint's folder (headroom run --resume RUN)."""
+
+
 class Container(Part):
     """How the container is started (--where docker)."""
 
@@ -291,6 +304,7 @@ class Job(Part):
     mesh: Mesh = Mesh()
     evaluation: Evaluation = Evaluation()
     metrics: Metrics = Metrics()
+    checkpoint: Checkpoint = Checkpoint()
     container: Container = Container()
 
     @property
@@ -358,7 +372,7 @@ class Job(Part):
     def local_paths(self) -> list[str]:
         """Files and folders of this machine that the job reads: a container is given each."""
         model = self.model if self.model.startswith("/") else None
-        paths = (self.data.path, self.evaluation.path, model)
+        paths = (self.data.path, self.evaluation.path, model, self.checkpoint.resume)
         return list(dict.fromkeys(path for path in paths if path is not None))
 
     def to_json(self) -> str:

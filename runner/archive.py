@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 
 from jobs.records import (
+    CHECKPOINTS,
     DIAGNOSIS_FILE,
     FAILURE_FILE,
     JOB_FILE,
@@ -86,6 +87,11 @@ class RunDir:
     def steps_file(self) -> Path:
         """A record a step."""
         return self.path / STEPS_FILE
+
+    def newest_checkpoint(self) -> Path | None:
+        """The folder of the newest whole checkpoint that the trainer left."""
+        found = sorted((self.path / CHECKPOINTS).glob("step_*"))
+        return found[-1] if found else None
 
     @property
     def failure_file(self) -> Path:

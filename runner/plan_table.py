@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.records import MemoryPlan, gib
+from jobs.records import Contiguity, MemoryPlan, gib
 
 _VERDICTS = {
     "fits": ("fits", "bold green"),
@@ -23,8 +23,12 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     console.print(_programs(plan))
     for line in _tensors(plan):
         console.print(line, highlight=False, markup=False)
+    for one in plan.contiguity:
+        console.print(doubt(one), highlight=False, markup=False)
     for note in plan.assumptions:
         console.print(f"assumed: {note}", style="dim", highlight=False, markup=False)
+    if plan.step:
+        console.print(step_line(plan), highlight=False, markup=False)
     for line in _advice(plan):
         console.print(line, highlight=False, markup=False)
     said, style = _VERDICTS[plan.verdict]
@@ -35,8 +39,9 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
 def print_what_if(plans: Sequence[MemoryPlan], console: Console) -> None:
     """One line for each accelerator."""
     table = Table(title=f"{plans[0].job if plans else 'nothing'}: GiB a chip", title_justify="left")
-    for name in ("accelerator", "usable", "peak", "left", "decided by", "verdict"):
-        table.add_column(name, justify="right" if name in ("usable", "peak", "left") else "left")
+    numbers = ("usable", "peak", "left", "step s (model)")
+    for name in ("accelerator", *numbers, "decided by", "verdict"):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for plan in plans:
         said, style = _VERDICTS[plan.verdict]
         table.add_row(
@@ -44,10 +49,29 @@ def print_what_if(plans: Sequence[MemoryPlan], console: Console) -> None:
             _cell(plan.usable_bytes),
             _cell(plan.peak_bytes),
             _cell(plan.headroom_bytes),
+            f"{sum(plan.step.values()):.1f}" if plan.step else "",
             f"{plan.deciding_phase}: {plan.deciding_owner}",
             Text(said, style=style),
         )
     console.print(table)
+
+
+def step_line(plan: MemoryPlan) -> str:
+    """A step's modelled seconds, longest part first; parts under a hundredth are left out."""
+    whole = sum(plan.step.values())
+    parts = sorted(plan.step.items(), key=lambda part: -part[1])
+    told = [f"{name.removesuffix('_s')} {s:.2f}" for name, s in parts if s >= whole / 100]
+    return f"a step, by a model and not measured: {whole:.1f} s ({', '.join(told)})"
+
+
+def doubt(found: Contiguity) -> str:
+    """What may go wrong though enough is free."""
+    freed = ", ".join(f"{owner} {gib(size)}" for owner, size in found.freed.items())
+    return (
+        f"perhaps not in one piece: {found.program} wants {gib(found.needs_bytes)} contiguous; of "
+        f"the {gib(found.free_bytes)} free {gib(found.untouched_bytes)} were never used, the rest "
+        f"was freed before it loads and may lie in pieces ({freed})"
+    )
 
 
 def reason(plan: MemoryPlan) -> str:

@@ -16,7 +16,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jobs.records import Diagnosis, Manifest
     from jobs.spec import Job
+    from runner.archive import RunDir
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class World:
 
 
 pass_world = click.make_pass_decorator(World, ensure=True)
+runs_option = click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder of runs; logs/ lies beside it.",
+)
+run_name = click.argument("name", metavar="RUN")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -100,3 +110,37 @@ def raw(name: Literal["stdout", "stderr"]) -> BinaryIO:
     """The stream without a buffer of its own: what was written is there, whatever comes."""
     stream = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
     return cast("BinaryIO", getattr(stream, "raw", stream))
+
+
+def settled(runs: Path, name: str) -> "tuple[RunDir, Manifest]":
+    """A run, and its manifest made true; the command ends where there is no such run."""
+    from runner import archive
+
+    try:
+        found = archive.find(runs, name)
+        manifest = settle(found)
+        return found, manifest or found.manifest()
+    except archive.NoSuchRunError as error:
+        raise Refused(str(error)) from error
+
+
+def settle(found: "RunDir") -> "Manifest | None":
+    """The manifest made true; as last recorded where that cannot be told; None for a broken one."""
+    from runner import archive
+    from runner import status as state
+
+    try:
+        return state.settle(found)
+    except state.CannotTellError as error:
+        say(f"{found.name}: as last recorded: {error}")
+        return found.manifest()
+    except archive.NoSuchRunError as error:
+        say(str(error))
+        return None
+
+
+def print_diagnosis(diagnosis: "Diagnosis", *, as_json: bool) -> None:
+    """The cause of a failure, for a person or a program."""
+    from runner.diagnose import format_diagnosis
+
+    click.echo(diagnosis.model_dump_json() if as_json else format_diagnosis(diagnosis))

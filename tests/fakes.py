@@ -30,7 +30,8 @@ def headroom(code: str, *arguments: str | Path) -> list[str]:
     """argv of the real command `headroom`, with `trainer(code)` in the trainer's place."""
     program = (
         "import sys\n"
-        "from runner.cli import World, main\n"
+        "from runner.cli import main\n"
+        "from runner.terminal import World\n"
         f"main(obj=World(trainer={trainer(code)!r}))\n"
     )
     return [sys.executable, "-c", program, *map(str, arguments)]

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from fakes import headroom, trainer, write_job
 
 from jobs.records import Manifest
-from runner.cli import World, main
+from runner.cli import main
+from runner.terminal import World
 
 WAIT_FOR_IT = "import time; print('up', flush=True); time.sleep(600)"
 STOPS = (

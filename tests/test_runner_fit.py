@@ -12,10 +12,11 @@ from fakes import trainer
 
 from jobs import spec
 from jobs.records import Fit, FitChange, FitPoint
-from runner.cli import World, main
+from runner.cli import main
 from runner.fit_file import FitFileError, fit_text, write
 from runner.fit_table import answer
 from runner.planning import FitAsked, fit_argv
+from runner.terminal import World
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]

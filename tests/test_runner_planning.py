@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from fakes import headroom, trainer, write_job
 
 from jobs.records import MemoryPlan
-from runner.cli import World, main
+from runner.cli import main
 from runner.plan_table import reason
 from runner.planning import Asked, plan_argv
+from runner.terminal import World
 
 GIB = 2**30
 ASKED = Asked(quick=False, engine_weights="sharded", advice=True, what_if=False, limit_s=900.0)
@@ -97,6 +98,33 @@ def test_the_table_has_every_phase_owner_and_number_and_brackets_as_they_are(tmp
         "saves 5.00 GiB, then fits with 3.00 GiB left; price: time",
     ):
         assert part in found.stdout, part
+
+
+def test_what_may_not_be_in_one_piece_is_told_with_what_was_freed(tmp_path):
+    doubt = {
+        "program": "update",
+        "needs_bytes": 9 * GIB,
+        "free_bytes": 15 * GIB,
+        "untouched_bytes": 2 * GIB,
+        "freed": {"KV pool": 13 * GIB},
+    }
+    found = call(tmp_path, WRITES.format(plan=PLAN | {"contiguity": [doubt]}, code=3))
+    told = found.stdout.replace("\n", " ")
+    assert "update wants 9.00 GiB contiguous; of the 15.00 GiB free 2.00 GiB were never" in told
+    assert "(KV pool 13.00 GiB)" in told
+    assert "in one piece" not in call(tmp_path, WRITES.format(plan=PLAN, code=3)).stdout
+
+
+def test_a_step_s_time_is_printed_as_a_model_longest_part_first(tmp_path):
+    # 9.5 s in all; 0.05 of it is less than a hundredth.
+    step = {"update_ici_s": 0.45, "decode_s": 6.0, "update_compute_s": 3.0, "hand_over_s": 0.05}
+    found = call(tmp_path, WRITES.format(plan=PLAN | {"step": step}, code=3))
+    told = "by a model and not measured: 9.5 s (decode 6.00, update_compute 3.00, update_ici 0.45)"
+    assert told in found.stdout.replace("\n", " ")
+    plans = [PLAN | {"step": step}, PLAN | {"accelerator": "v5p-8"}]
+    found = call(tmp_path, WRITES.format(plan=plans, code=0), "--what-if", "accelerators")
+    [line] = [line for line in found.stdout.splitlines() if "v4-8" in line]
+    assert "9.5" in line
 
 
 def test_what_if_is_a_line_for_each_and_fits_where_one_does(tmp_path):

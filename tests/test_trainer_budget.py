@@ -16,6 +16,7 @@ from trainer.architecture import ARCHITECTURES, parameter_count
 from trainer.buffers import tiled_bytes
 from trainer.data import abstract_batch
 from trainer.mesh import by_sequence, make_mesh, replicated, sampler_shardings
+from trainer.rollout.sglang.settings import settings_of
 from trainer.train import _reference_params
 from trainer.update import layout, reference
 from trainer.update.rows import abstract_rows
@@ -210,7 +211,7 @@ def engine_tokens(engine, free):
         tokens = ModelRunner.profile_max_num_token(engine, free)
     except RuntimeError:  # "Not enough memory. Please try to increase --mem-fraction-static."
         return None
-    tokens = min(tokens, engine.limit or tokens) // engine.page * engine.page
+    tokens = min(tokens, engine.limit) // engine.page * engine.page
     return tokens or None
 
 
@@ -239,7 +240,7 @@ def test_the_engine_s_own_code_makes_the_same_pool_in_200_random_cases():
             layers=a.layers,
             fraction=fraction,
             page=page,
-            limit=limit,
+            limit=settings_of(job).pool_tokens,
         )
         assert (pool.tokens or None) == engine_tokens(engine, free)
         if page == 1:  # a page may cost the last tokens above the least share

@@ -83,14 +83,18 @@ def test_the_search_finds_what_trying_everything_finds(margin):
     assert found.front[-1].peak_bytes == min(made.peak_bytes for _, _, made in tried)
 
 
-def test_the_sop_s_job_keeps_its_mathematics_and_gets_an_engine_that_runs():
+def test_the_sop_s_job_keeps_its_mathematics_and_its_engine_which_sleeps():
     found = fit(a_job(), with_margin(12), estimate)
-    assert {change.key for change in found.changes} == {"update.design", "rollout.engine"}
+    assert {change.key for change in found.changes} == {"update.design", "engine.residency"}
     assert found.plan.headroom_bytes >= 12 * GIB
     assert sum(found.step.values()) < found.asked_step_s
-    assert any("the trainer of this version refuses it" in note for note in found.notes)
-    # The front tells of the engine as asked, too, and that it does not run.
-    assert not all(point.runs for point in found.front)
+    assert all(point.runs for point in found.front)
+
+
+def test_an_engine_that_cannot_run_the_model_is_not_tried():
+    job = a_job("model=Qwen/Qwen2.5-0.5B", "update.design=layer_major")  # heads of 64
+    tried = list(settings_of(job, ARCHITECTURES[job.model.lower()], QUICK))
+    assert {one.job.rollout.engine for one in tried} == {"naive"}
 
 
 def test_other_mathematics_only_where_nothing_else_fits_and_never_if_exact():

@@ -29,8 +29,16 @@ metrics: {samples_per_step: 0}
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_random_model_learns_to_say_the_number_that_is_rewarded(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("engine", "seed"),
+    [
+        ("naive", 0),
+        ("naive", 1),
+        ("naive", 2),
+        pytest.param("sglang_jax", 0, marks=pytest.mark.engine),
+    ],
+)
+def test_a_random_model_learns_to_say_the_number_that_is_rewarded(tmp_path, engine, seed):
     """The reward is 1 when the last number of four sampled tokens is 7, whatever was asked.
 
     A random model draws its 4 tokens from 320, 10 of them digits: its last number is 7 in about 1
@@ -40,12 +48,14 @@ def test_a_random_model_learns_to_say_the_number_that_is_rewarded(tmp_path, seed
     data, job_file = tmp_path / "rows.jsonl", tmp_path / "seven.yaml"
     data.write_text("\n".join(json.dumps(row) for row in rows))
     job_file.write_text(JOB)
-    job = spec.load(job_file, overrides=[f"data.path={data}", f"seed={seed}"])
+    asked = [f"data.path={data}", f"seed={seed}", f"rollout.engine={engine}"]
+    job = spec.load(job_file, overrides=[*asked, "engine.dtype=float32"])
     job_json = tmp_path / "job.json"
     job_json.write_text(job.to_json())
     argv = [sys.executable, "-m", "trainer", "train", str(job_json)]
     done = subprocess.run(argv, env=os.environ, capture_output=True, text=True, check=False)  # noqa: TID251
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"engine={engine}" in done.stdout
     lines = (tmp_path / "steps.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward_mean"] for line in lines]
     assert len(rewards) == 40

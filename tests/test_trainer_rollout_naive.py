@@ -9,7 +9,8 @@ from jobs.spec import Job, Mesh, Rollout, Update
 from trainer.data import pack
 from trainer.mesh import make_mesh, state_shardings
 from trainer.model import hidden_states, logits, token_logprobs
-from trainer.rollout.naive import NaiveRollout, gumbel_noise, restrict
+from trainer.rollout.naive import NaiveRollout
+from trainer.rollout.sampling import Places, gumbel_noise, restrict
 from trainer.update.program import make_update
 from trainer.weights import load_params, open_model
 
@@ -198,12 +199,15 @@ def test_a_group_may_be_asked_for_in_parts_and_prompts_in_any_order(make):
 def test_noise_is_one_of_its_own_for_every_sequence_and_position():
     key = jax.random.key(0)
     noise = np.stack(
-        [gumbel_noise(key, jnp.arange(4, dtype=jnp.uint32), jnp.int32(t), 50) for t in range(4)]
+        [
+            gumbel_noise(key, Places(jnp.arange(4, dtype=jnp.uint32), jnp.int32(t)), 50)
+            for t in range(4)
+        ]
     ).reshape(16, 50)
     distances = np.abs(noise[:, None] - noise[None]).max(axis=-1)
     assert (distances[~np.eye(16, dtype=bool)] > 0.5).all()
     # The largest sequence number of all, and one beyond 2**31 (evaluations), have their own too.
-    far = gumbel_noise(key, jnp.array([2**31, 2**32 - 1], jnp.uint32), jnp.int32(0), 50)
+    far = gumbel_noise(key, Places(jnp.array([2**31, 2**32 - 1], jnp.uint32), jnp.int32(0)), 50)
     assert np.abs(np.asarray(far)[:, None] - noise[None]).max(axis=-1).min() > 0.5
 
 

@@ -15,14 +15,12 @@ from trainer.refusal import Refusal
 from trainer.reward import last_number
 from trainer.rollout import Completions
 from trainer.train import (
-    EngineError,
     Phases,
     PlatformError,
     Rolled,
     check_platform,
     evaluate_only,
     learn,
-    make_rollout,
     open_session,
     read_prompts,
     read_weights,
@@ -295,12 +293,6 @@ def test_phases_add_up_and_tell_where_a_run_was(tmp_path):
     assert phases.seconds["rollout"] > first
     # CPU devices tell no memory.
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_engine_that_is_not_built_is_refused():
-    asked = job(rollout={"engine": "sglang_jax"})
-    with pytest.raises(EngineError, match=r"rollout\.engine=naive"):
-        make_rollout(asked, None, None)
 
 
 def test_an_engine_that_computes_otherwise_is_corrected_for_and_the_mismatch_told(tmp_path):

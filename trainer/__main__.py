@@ -10,12 +10,12 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from jobs.records import FAILURE_FILE, Failure
 from jobs.spec import Job, JobError, load
 from trainer import libtpu
 from trainer.refusal import Refusal
+from trainer.stop import Stopped, Stops
 
 VERBS = ("train", "evaluate", "plan", "fit")
 _PLANS = ("plan", "fit")
@@ -41,7 +41,7 @@ def set_environment(job: Job) -> None:
         os.environ.pop("JAX_PLATFORMS", None)
 
 
-def run(verb: str, job: Job, run_dir: Path) -> None:
+def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
     """Import what the verb needs, and do it. A failure is written down before it goes on."""
     set_environment(job)
     phase, step = "import", -1
@@ -55,7 +55,10 @@ def run(verb: str, job: Job, run_dir: Path) -> None:
         metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
         phases = train.Phases(run_dir)
         try:
-            {"train": train.train, "evaluate": train.evaluate_only}[verb](job, run_dir, phases)
+            if verb == "train":
+                train.train(job, run_dir, phases, stops)
+            else:
+                train.evaluate_only(job, run_dir, phases)
         finally:
             phase, step = phases.phase, phases.step
     except Stopped:
@@ -85,16 +88,6 @@ def plan(verb: str, job: Job, folder: Path, argv: list[str]) -> int:
     return planning.main(job, folder, planning.options_of(argv))
 
 
-class Stopped(SystemExit):
-    """Somebody asked us to stop, by a signal."""
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    """Leave as soon as Python runs again, with every context manager closed."""
-    log.info("stopped by %s", signal.Signals(number).name)
-    raise Stopped(128 + number)
-
-
 def _refuse(lines: str) -> int:
     for line in lines.splitlines():
         log.error("Error: %s", line)
@@ -111,13 +104,14 @@ def main(argv: list[str]) -> int:
     if not known or (options and argv[0] not in _PLANS):
         log.error("%s", USAGE)
         return WRONG_USAGE
+    stops = Stops()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+        signal.signal(number, stops)
     path = Path(argv[1])
     try:
         if argv[0] in _PLANS:
             return plan(argv[0], load(path), path.parent, argv[2:])
-        run(argv[0], load(path), path.parent)
+        run(argv[0], load(path), path.parent, stops)
     except (JobError, Refusal) as error:
         return _refuse(str(error))
     except Stopped:

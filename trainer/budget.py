@@ -14,10 +14,11 @@ from jobs.spec import Job
 from trainer.architecture import Architecture, leaf_shapes
 from trainer.axes import LEAF_AXES, MESH_AXES, OVER_MESH, OVER_SAMPLER, on_host, shared_axis
 from trainer.buffers import tiled_bytes
+from trainer.rollout.sglang.settings import settings_of
 
 Shape = tuple[int, ...]
-# How sglang-jax lays the embedding and the head: the SOP's build (git, 2025-11) shares them out
-# over the chips, PyPI's 0.0.2 keeps all of both on each.
+# How sglang-jax's embedding, head and biases lie: our hand-over shares them out over the chips, as
+# the SOP's build (git, 2025-11) did with the first two; PyPI's 0.0.2 by itself keeps all on each.
 EngineBuild = Literal["sharded", "replicated"]
 
 _SCALAR = tiled_bytes((), 4)
@@ -191,25 +192,80 @@ def request_bytes(job: Job) -> int:
 
 
 def engine_weight_bytes(job: Job, architecture: Architecture, build: EngineBuild) -> int:
-    """sglang-jax's own copy of the weights.
+    """All of sglang-jax's weights, those that are the trainer's own arrays counted in.
 
-    Matrices are shared out over tp_size chips; biases and norms are whole on each, k and v repeated
-    where there are fewer heads than chips.
+    Each is shared out over the chips as the trainer's masters are; k and v are repeated where there
+    are fewer heads than chips.
 
-    Source: sglang-jax 0.0.2, srt/models/qwen2.py and weight_utils.py; the leaves of a real engine.
+    Source: trainer/rollout/sglang/leaves.py; for what sglang-jax 0.0.2 does by itself, its
+    srt/models/qwen2.py and weight_utils.py, and the leaves of a real engine.
     """
+    return sum(leaf.size_bytes for leaf in _engine_leaves(job, architecture, build))
+
+
+def engine_copied_bytes(job: Job, architecture: Architecture, build: EngineBuild) -> int:
+    """The part of sglang-jax's weights that is no array of the trainer's.
+
+    Source: trainer/rollout/sglang/leaves.py, `HandOver.referenced`.
+    """
+    leaves = _engine_leaves(job, architecture, build)
+    return sum(leaf.size_bytes for leaf in leaves if not leaf.by_reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EngineLeaf:
+    """Weights of the engine of one kind, on one chip.
+
+    Attributes:
+        size_bytes: of all layers'.
+        by_reference: they are the trainer's own arrays.
+    """
+
+    size_bytes: int
+    by_reference: bool
+
+
+def _engine_leaves(
+    job: Job, architecture: Architecture, build: EngineBuild
+) -> Iterator[_EngineLeaf]:
     a, tp, itemsize = architecture, _tp(job), _ITEMSIZE[job.engine.dtype]
     kv_width = max(a.kv_heads, tp) * a.head_dim
-    total = 0
     for path, shape in leaf_shapes(architecture).items():
         name, in_layers = path[-1], path[0] == "layers"
-        one = shape[1:] if in_layers else shape
+        one = wide = shape[1:] if in_layers else shape
         if name in ("k", "v", "k_bias", "v_bias"):
-            one = (*one[:-1], kv_width)
-        whole = "bias" in name or (not in_layers and build == "replicated")
-        part = one if whole else _share(one, shared_axis(name), tp)
-        total += tiled_bytes(part, itemsize) * (a.layers if in_layers else 1)
-    return total
+            wide = (*one[:-1], kv_width)
+        whole = build == "replicated" and ("bias" in name or not in_layers)
+        part = wide if whole else _share(wide, shared_axis(name), tp)
+        single = not in_layers or job.update.layers == "per_layer"
+        like = part == _trainers_share(job, name, one) and wide == one
+        yield _EngineLeaf(
+            size_bytes=tiled_bytes(part, itemsize) * (a.layers if in_layers else 1),
+            by_reference=single and like and itemsize == _masters_itemsize(job),
+        )
+
+
+def _trainers_share(job: Job, name: str, shape: Shape) -> Shape:
+    if job.update.design == "reference":
+        return _mesh_share(job, name, shape)
+    return _share(shape, _shared(name, shape), job.target.devices)
+
+
+def _masters_itemsize(job: Job) -> int:
+    """Of what a master is read as: all of it in the reference, a split one's `hi`."""
+    return 4 if job.update.design == "reference" else 2
+
+
+def engine_request_bytes(job: Job, *, prefill: bool) -> int:
+    """What sglang-jax's largest prefill or decode program is given besides weights and KV pool.
+
+    Source: `ForwardBatch` and `FlashAttentionMetadata` of sglang-jax 0.0.2, less what XLA drops.
+    """
+    s = settings_of(job)
+    pages = tiled_bytes((s.running * -(-s.length // s.page_size),), 4)
+    tokens = tiled_bytes((max(s.prefill_paddings) if prefill else s.running,), 4)
+    # Lengths and their sums, and how many sequences are of which kind.
+    return pages + 2 * tokens + (5 if prefill else 4) * tiled_bytes((s.running,), 4)
 
 
 def kv_token_bytes(job: Job, architecture: Architecture) -> int:
@@ -246,6 +302,8 @@ class Pool:
 def kv_pool(job: Job, architecture: Architecture, *, free_bytes: int, weight_bytes: int) -> Pool:
     """The pool that the engine's own rule makes, whole pages.
 
+    Never larger than the requests in flight can fill: `settings.settings_of` asks for no more.
+
     Args:
         job: its engine's settings.
         architecture: the model's.
@@ -261,8 +319,6 @@ def kv_pool(job: Job, architecture: Architecture, *, free_bytes: int, weight_byt
     room = (free_bytes - weight_bytes) - free_bytes * (1 - fraction)
     page, token = e.page_size or 1, kv_token_bytes(job, architecture)
     tokens = max(1, int(room // token)) if room > 0 else 0
-    if e.max_total_tokens is not None:
-        tokens = min(tokens, e.max_total_tokens)
-    tokens = tokens // page * page
+    tokens = min(tokens, settings_of(job).pool_tokens) // page * page
     size = (tokens + page) * token if tokens else 0
     return Pool(tokens=tokens, size_bytes=size, fraction=fraction, least_fraction=least)

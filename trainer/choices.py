@@ -32,10 +32,14 @@ SAYS = {
     "update.loss_chunk_tokens": ("fewer logits exist at once", "none but rounding"),
     "train.micro_batch_size": ("other count of sequences at once", "none but rounding"),
     "rollout.engine": (
-        "the only engine that the trainer of this version can run; no other copy of the weights",
+        "our own sampler: all sequences at once, in lock step, and nothing of an engine in memory",
         "completions are sampled by another program",
     ),
-    "engine.max_total_tokens": ("a KV pool of what is used at once", "none, or fewer at once"),
+    "engine.residency": (
+        "the engine lets go of its weights and KV pool through the update",
+        "the KV pool is made anew each step",
+    ),
+    "engine.max_total_tokens": ("a smaller KV pool", "fewer requests run at once"),
 }
 
 
@@ -82,9 +86,10 @@ def _engine_choices(job: Job) -> dict[str, list[Any]]:
     if job.rollout.engine == "naive":
         return {}
     whole = job.sequences_per_step * job.max_sequence_tokens
-    pools = [whole // n for n in (1, 4) if whole // n >= job.max_sequence_tokens]
+    pools = [whole // 4] if whole // 4 >= job.max_sequence_tokens else []
     return {
         "rollout.engine": ["naive", job.rollout.engine],
+        "engine.residency": _unlike([job.engine.residency, "sleep"]),
         "engine.max_total_tokens": _unlike([job.engine.max_total_tokens, *pools]),
     }
 
@@ -94,6 +99,6 @@ def _unlike(values: Iterable[Any]) -> list[Any]:
 
 
 def pointless(job: Job, changes: Mapping[str, Any]) -> bool:
-    """They set the pool of an engine that they do not ask for."""
+    """They change an engine that they do not ask for."""
     engine = changes.get("rollout.engine", job.rollout.engine)
-    return "engine.max_total_tokens" in changes and engine == "naive"
+    return engine == "naive" and any(key.startswith("engine.") for key in changes)

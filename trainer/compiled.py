@@ -15,24 +15,28 @@ from typing import Any
 from jobs.records import gib
 from jobs.spec import Job
 from trainer.architecture import Architecture
+from trainer.budget import EngineBuild
 from trainer.buffers import ProgramMemory, Tensors
 from trainer.estimate import Program
 from trainer.ledger import PlanError
 from trainer.libtpu import versions
+from trainer.phases import residents
 
 _ROOT = Path(__file__).resolve().parents[1]
 # Parts and keys of a job that no program's memory depends on.
 _NOT_READ = {
-    "name", "steps", "seed", "system_prompt", "eval_every_steps", "cache_dir", "data", "engine",
-    "reward", "evaluation", "metrics", "container", "model",
+    "name", "steps", "seed", "system_prompt", "eval_every_steps", "cache_dir", "checkpoint", "data",
+    "engine", "reward", "evaluation", "metrics", "container", "model",
 }  # fmt: skip
 _NOT_READ_OF_ROLLOUT = {"engine", "chunk_size"}
+_NOT_READ_OF_ENGINE = {"residency", "log_level", "load_format", "disable_precompile"}
+_OF_THE_UPDATE = ("update", "logprobs", "reference_logprobs")  # read nothing of an engine
 
 # They count and say; no program is made of them.
 PLANNING = frozenset(
     {
-        "budget.py", "choices.py", "estimate.py", "fit.py", "ledger.py", "plan.py", "records.py",
-        "remedies.py", "timemodel.py",
+        "budget.py", "choices.py", "contiguity.py", "estimate.py", "fit.py", "ledger.py",
+        "phases.py", "plan.py", "records.py", "remedies.py", "timemodel.py",
     }
 )  # fmt: skip
 
@@ -52,12 +56,14 @@ class Programs:
         say: is told a line for each program.
         until: of `time.monotonic`, when the plan must be done.
         compile_one: compiles a job's program and gives its memory within seconds.
+        build: how sglang-jax's embedding, head and biases lie.
         versions: of the compiler.
     """
 
     say: Say
     until: float
     compile_one: "Compile"
+    build: EngineBuild = "sharded"
     versions: dict[str, str] = field(default_factory=versions)
 
     def of(self, job: Job, architecture: Architecture, name: str) -> Program:
@@ -99,6 +105,10 @@ class Programs:
             key: value for key, value in read["rollout"].items() if key not in _NOT_READ_OF_ROLLOUT
         }
         said = [name, read, asdict(architecture), self.versions, sources_hash()]
+        if job.rollout.engine != "naive" and name not in _OF_THE_UPDATE:
+            held = residents(job, architecture, build=self.build).engine
+            settings = job.engine.model_dump(mode="json", exclude=_NOT_READ_OF_ENGINE)
+            said += [settings, job.rollout.chunk_size, asdict(held) if held else None]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -130,26 +140,18 @@ def _write(file: Path, memory: ProgramMemory) -> None:
     beside.replace(file)
 
 
-def compile_program(job: Job, architecture: Architecture, name: str, limit_s: float) -> Any:
+def compile_program(
+    job: Job, architecture: Architecture, name: str, limit_s: float, *, build: EngineBuild
+) -> ProgramMemory:
     """Lower the very program that `train.py` runs, and compile it as far as its buffers.
 
     Raises:
         CompileError: the compiler refused, aborted or took too long.
     """
     # Imported here: what is known already needs neither JAX nor the compiler.
-    from trainer.ahead import described_devices, program_memory  # noqa: PLC0415
-    from trainer.mesh import make_mesh  # noqa: PLC0415
-    from trainer.rollout import programs  # noqa: PLC0415
-    from trainer.update.program import make_update  # noqa: PLC0415
+    from trainer.ahead import program_memory  # noqa: PLC0415
+    from trainer.lowering import lowered  # noqa: PLC0415
 
     began = time.monotonic()
-    mesh = make_mesh(job, described_devices(job.target))
-    if name == "sampler":
-        lowered = programs.lowered_sampler(job, architecture, mesh)
-    elif name == "update":
-        lowered = make_update(job, architecture, mesh).lower()
-    else:
-        update = make_update(job, architecture, mesh)
-        params = update.params(update.abstract)
-        lowered = programs.lowered_hand_over(job, architecture, mesh, params)
-    return program_memory(lowered, limit_s=max(1.0, limit_s - (time.monotonic() - began)))
+    made = lowered(job, architecture, name, build=build)
+    return program_memory(made, limit_s=max(1.0, limit_s - (time.monotonic() - began)))

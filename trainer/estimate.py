@@ -1,8 +1,8 @@
 """What a program would reserve, by a formula: for `headroom plan --quick`, and to sort candidates.
 
-The formula of layer_major's update names what fills its heap when it is fullest; it is within 7 %
-of the compiler's figure for the rows of docs/memory.md. The reference's is one measured ratio, the
-sampler's a sum of caches: take them for an order of magnitude.
+The formulas of layer_major's update, and of logprobs, name what fills the heap when it is fullest;
+the first is within 7 % of the compiler's figure for the rows of docs/memory.md. The reference's
+update is one measured ratio, the sampler a sum of caches: take them for an order of magnitude.
 """
 
 import math
@@ -22,6 +22,13 @@ _LOGITS = 1.6
 # keeps until the backward pass; about 18.0 where layers are stacked (a prototype's).
 _REFERENCE_RATIO = {"per_layer": 7.50 / 14.19, "stacked": 18.0 / 14.19}
 _REFERENCE_TOKENS = 1536  # of a device, at once, when they were measured
+# sglang-jax 0.0.2, 7B, v4-8, 32 requests, by the compiler: its prefill of 4096 tokens takes 0.068
+# GiB, of 512 tokens 0.023, decode 0.018.
+_ENGINE_PROGRAM = int(0.07 * 2**30)
+# Of the weights handed over from the reference's f32 masters, whose columns go to other chips:
+# 2.008 of 3.547 GiB for 7B on v4-8.
+_RESHARDED = 0.57
+_PROBE_TOKENS = 16  # trainer/rollout/sglang/probe.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +45,17 @@ class Program:
 
 
 def estimate(job: Job, architecture: Architecture, program: str) -> Program:
-    """The memory of a job's program: update, sampler or hand_over."""
-    makers = {"update": _update, "sampler": _sampler, "hand_over": _hand_over}
+    """The memory of one of a job's programs, see `ledger.programs_of`."""
+    makers = {
+        "update": _update,
+        "logprobs": _logprobs,
+        "reference_logprobs": _reference_logprobs,
+        "sampler": _sampler,
+        "engine_prefill": _engine_program,
+        "engine_decode": _engine_program,
+        "engine_probe": _engine_probe,
+        "hand_over": _hand_over,
+    }
     arguments, outputs, reserved = makers[program](job, architecture)
     memory = ProgramMemory(
         arguments_bytes=arguments,
@@ -60,10 +76,9 @@ def _update(job: Job, architecture: Architecture) -> tuple[int, int, int]:
     if job.update.design == "reference":
         reserved = int(_REFERENCE_RATIO[job.update.layers] * whole)
         return arguments, 0, reserved + _reference_tokens_bytes(job, a)
-    r, per_row = job.rollout, job.sequences_per_row
-    row_tokens = r.max_prompt_tokens + per_row * r.max_completion_tokens
-    tokens = job.sequences_per_step // per_row // devices * row_tokens
-    at_once = job.micro_batch_size // per_row // devices * row_tokens
+    tokens, at_once = (
+        _device_tokens(job, n) for n in (job.sequences_per_step, job.micro_batch_size)
+    )
     layer_inputs = (a.layers + 1) * tokens * a.embed * 2  # and the gradient of one layer's
     layer = _layer_parameters(a) * (4 + 2)  # f32 gradient, gathered bf16 weights
     inside = _MLP_WIDE * at_once * a.mlp * 2
@@ -72,6 +87,41 @@ def _update(job: Job, architecture: Architecture) -> tuple[int, int, int]:
     chunk = min(job.update.loss_chunk_tokens, tokens)
     head = a.vocab * a.embed * 4 // devices + int(_LOGITS * chunk * a.vocab * 4)
     return arguments, 0, layer_inputs + max(layer + inside + kept, head)
+
+
+def _device_tokens(job: Job, sequences: int) -> int:
+    """A device's share of so many sequences' rows, tokens."""
+    per_row, r = job.sequences_per_row, job.rollout
+    row_tokens = r.max_prompt_tokens + per_row * r.max_completion_tokens
+    return sequences // per_row // job.target.devices * row_tokens
+
+
+def _logprobs(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    """A forward pass that keeps no layer's input: one layer's gathered weights, or the head."""
+    a, owners = architecture, budget.state_bytes(job, architecture).owners
+    batch = budget.batch_bytes(job)
+    if job.update.design == "reference":
+        cast = 2 * a.vocab * a.embed // job.target.devices  # the masters' own share of the head
+        return owners["parameters (f32)"] + batch, 0, _whole_head(job, a) + cast
+    tokens, at_once = (
+        _device_tokens(job, n) for n in (job.sequences_per_step, job.micro_batch_size)
+    )
+    layer = 2 * _layer_parameters(a) + 2 * at_once * a.mlp
+    head = int(_LOGITS * min(job.update.loss_chunk_tokens, tokens) * a.vocab * 4)
+    reserved = 2 * tokens * a.embed + max(layer, head)
+    return owners["parameters hi"] + batch, 0, reserved
+
+
+def _reference_logprobs(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    arguments = budget.reference_policy_bytes(job, architecture) + budget.batch_bytes(job)
+    if job.update.design == "reference":
+        return arguments, 0, _whole_head(job, architecture)
+    return arguments, 0, _logprobs(job, architecture)[2]
+
+
+def _whole_head(job: Job, a: Architecture) -> int:
+    """The reference's: XLA gathers all of the head, beside one chunk's scores."""
+    return 2 * a.vocab * a.embed + job.update.loss_chunk_tokens * a.vocab * 4
 
 
 def _reference_tokens_bytes(job: Job, a: Architecture) -> int:
@@ -115,7 +165,25 @@ def _kv_token(job: Job, a: Architecture) -> int:
     return heads * a.head_dim * a.layers * 2 * (2 if job.rollout.dtype == "bfloat16" else 4)
 
 
+def _engine_program(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    weights = budget.engine_weight_bytes(job, architecture, "sharded")
+    return weights, 0, _ENGINE_PROGRAM
+
+
+def _engine_probe(job: Job, architecture: Architecture) -> tuple[int, int, int]:
+    """A forward pass of one prompt by the trainer's own functions: its scores are most of it."""
+    a, owners = architecture, budget.state_bytes(job, architecture).owners
+    scores = (job.rollout.max_prompt_tokens + _PROBE_TOKENS) * a.vocab * 4
+    if job.update.design == "reference":
+        return owners["parameters (f32)"], 0, 2 * scores
+    return owners["parameters hi"], 0, scores * 5 // 4 // job.target.devices
+
+
 def _hand_over(job: Job, architecture: Architecture) -> tuple[int, int, int]:
     owners = budget.state_bytes(job, architecture).owners
     parameters = sum(size for owner, size in owners.items() if owner.startswith("parameters"))
-    return parameters, budget.sampler_bytes(job, architecture), 0
+    if job.rollout.engine == "naive":
+        return parameters, budget.sampler_bytes(job, architecture), 0
+    copied = budget.engine_copied_bytes(job, architecture, "sharded")
+    moved = _RESHARDED if job.update.design == "reference" else 0.0
+    return parameters, copied, int(moved * copied)

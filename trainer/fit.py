@@ -37,7 +37,8 @@ from trainer.plan import (
 )
 from trainer.refusal import Refusal
 from trainer.rollout import ENGINES
-from trainer.timemodel import StepModel, step_model
+from trainer.rollout.sglang.settings import EngineError, check_engine
+from trainer.timemodel import NOTE, StepModel, step_model
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,13 @@ def weighed(
     with_them = changed(job, [f"{key}={json.dumps(value)}" for key, value in changes])
     if with_them is None:
         return None
-    programs = {n: estimate(with_them, architecture, n) for n in programs_of(with_them)}
+    try:
+        check_engine(with_them, architecture)
+    except EngineError:
+        return None
+    programs = {
+        n: estimate(with_them, architecture, n) for n in programs_of(with_them, architecture)
+    }
     sketch = ledger(with_them, architecture, programs, build=options.build)
     return Setting(
         job=with_them,
@@ -297,8 +304,7 @@ def _told(
 
 def _notes(job: Job, options: FitOptions) -> list[str]:
     notes = [
-        "times are a model (trainer/timemodel.py), never a measurement: matmuls at one share of "
-        "the peak, nothing overlaps, links and PCIe at assumed speeds",
+        NOTE,
         f"of settings within {TIE:.0%} of the fastest, the one with the fewest changes is taken",
         "peaks of the front, and what a change saves, are by formulas",
     ]
@@ -352,7 +358,7 @@ def main(job: Job, folder: Path, options: FitOptions) -> int:
     Raises:
         Refusal: nothing can be planned.
     """
-    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s, build=options.build)
     found = fit(job, options, memory)
     write_record(folder / FIT_FILE, found.model_dump_json(indent=2))
     return DOES_NOT_FIT if found.plan is None else 0

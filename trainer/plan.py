@@ -10,7 +10,9 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.accelerators import ACCELERATORS
 from jobs.contradictions import contradictions
@@ -24,6 +26,8 @@ from trainer.ledger import check_target, ledger, programs_of
 from trainer.libtpu import versions
 from trainer.refusal import Refusal
 from trainer.remedies import remedies
+from trainer.rollout.sglang.settings import check_engine
+from trainer.timemodel import NOTE, step_model
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +89,14 @@ def plan(job: Job, options: Options, memory: Memory) -> MemoryPlan:
 
 
 def _planned(job: Job, architecture: Architecture, options: Options, memory: Memory) -> MemoryPlan:
-    programs = {name: memory(job, architecture, name) for name in programs_of(job)}
+    check_engine(job, architecture)
+    programs = {name: memory(job, architecture, name) for name in programs_of(job, architecture)}
     made = ledger(job, architecture, programs, build=options.build)
-    return made.model_copy(update={"versions": versions()})
+    more: dict[str, Any] = {"versions": versions()}
+    if made.verdict != "engine_refused":
+        more["step"] = step_model(job, architecture, build=options.build).parts()
+        more["assumptions"] = [*made.assumptions, NOTE]
+    return made.model_copy(update=more)
 
 
 def _advice(
@@ -181,12 +190,13 @@ def options_of(argv: Sequence[str]) -> Options:
     )
 
 
-def memory_of(*, quick: bool, limit_s: float) -> Memory:
+def memory_of(*, quick: bool, limit_s: float, build: EngineBuild) -> Memory:
     """Each program's memory by formulas, or by the compiler within so many seconds for all."""
     if quick:
         return estimate
     until = time.monotonic() + limit_s
-    return Programs(say=log.info, until=until, compile_one=compile_program).of
+    compile_one = partial(compile_program, build=build)
+    return Programs(say=log.info, until=until, compile_one=compile_one, build=build).of
 
 
 def write_record(file: Path, text: str) -> None:
@@ -202,7 +212,7 @@ def main(job: Job, folder: Path, options: Options) -> int:
     Raises:
         Refusal: nothing can be planned.
     """
-    memory = memory_of(quick=options.quick, limit_s=options.limit_s)
+    memory = memory_of(quick=options.quick, limit_s=options.limit_s, build=options.build)
     if options.what_if:
         plans = what_if(job, options, memory)
         text = json.dumps([made.model_dump(mode="json") for made in plans], indent=2)

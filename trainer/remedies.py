@@ -14,6 +14,8 @@ _PRICE_OF_DESIGN = (
     "the optimizer's moments in bf16 instead of f32; parameters stay exact f32, in two halves"
 )
 _PRICE_OF_CLIP = "each layer's gradient is clipped by its own norm, not all by the norm of all"
+_SLEEP = ("engine.residency=sleep",)
+_PRICE_OF_SLEEP = "the engine's KV pool is made anew each step"
 _PRICE_OF_NAIVE = "our own sampler decodes; nothing of an engine is in memory"
 
 
@@ -26,6 +28,8 @@ def _of_engine(job: Job, plan: MemoryPlan) -> list[Remedy]:
     if job.rollout.engine == "naive":
         return []
     found: list[Remedy] = [(("rollout.engine=naive",), _PRICE_OF_NAIVE)]
+    if job.engine.residency != "sleep":
+        found.append((_SLEEP, _PRICE_OF_SLEEP))
     needed = job.sequences_per_step * job.max_sequence_tokens
     interval = plan.mem_fraction_interval
     if interval is None:
@@ -69,12 +73,15 @@ def _offloaded_bytes(job: Job, architecture: Architecture) -> int:
 
 
 def _together(job: Job) -> list[Remedy]:
-    """The strongest that there is, in one."""
+    """The strongest that there is, in one; and what keeps the engine."""
     settings: list[str] = []
     prices: list[str] = []
+    found: list[Remedy] = []
     if job.update.design == "reference" and (job.mesh.dp, job.mesh.tp) == (1, 1):
         settings += _LAYER_MAJOR
         prices.append(_PRICE_OF_DESIGN)
+        if job.rollout.engine != "naive" and job.engine.residency != "sleep":
+            found.append((_LAYER_MAJOR + _SLEEP, f"{_PRICE_OF_DESIGN}; {_PRICE_OF_SLEEP}"))
     if job.update.clip == "global":
         settings.append("update.clip=per_layer")
         prices.append(_PRICE_OF_CLIP)
@@ -84,4 +91,6 @@ def _together(job: Job) -> list[Remedy]:
     if job.update.design == "layer_major" and not job.update.host_offload:
         settings.append('update.host_offload=["momentum","lo"]')
         prices.append("state crosses PCIe twice an update")
-    return [(tuple(settings), "; ".join(prices))] if len(settings) > 1 else []
+    if len(settings) > 1:
+        found.append((tuple(settings), "; ".join(prices)))
+    return found

@@ -45,6 +45,11 @@ _ICI = {
     "TPU7x": 200e9,
 }
 _PCIE = 8e9  # bytes/s a device and way, assumed: half of what PCIe 3.0 x16 carries
+# What to tell wherever its seconds are shown.
+NOTE = (
+    "times are a model (trainer/timemodel.py), never a measurement: matmuls at one share of the "
+    "peak, completions as long as they may be, nothing overlaps, links and PCIe at assumed speeds"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +194,7 @@ def _running(job: Job, a: Architecture, build: EngineBuild) -> int:
 def _handed_over_bytes(job: Job, a: Architecture, build: EngineBuild) -> float:
     """Read and written by a device; none where the sampler reads the masters' own halves."""
     if job.rollout.engine != "naive":
-        return 2 * budget.engine_weight_bytes(job, a, build)
+        return 2 * budget.engine_copied_bytes(job, a, build)
     return 0 if budget.by_reference(job) else 2 * budget.sampler_bytes(job, a)
 
 

@@ -18,14 +18,16 @@ from jobs.spec import Job
 from trainer import hbm, reward
 from trainer.architecture import ModelError, Path
 from trainer.axes import LEAF_AXES
+from trainer.checkpoint import Checkpoints, restore
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
 from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
 from trainer.refusal import Refusal
-from trainer.rollout import ENGINES, Completions, Rollout
+from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
+from trainer.stop import Stopped, Stops
 from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
 from trainer.weights import Model, load_params, open_model
@@ -35,10 +37,6 @@ log = logging.getLogger(__name__)
 
 class PlatformError(Refusal):
     """JAX runs on something else than the job's accelerator."""
-
-
-class EngineError(Refusal):
-    """The job names a rollout engine that this version does not have."""
 
 
 class LossError(FloatingPointError):
@@ -133,20 +131,29 @@ def check_platform(job: Job, devices: list[Any]) -> list[Any]:
 
 def make_rollout(job: Job, model: Model, mesh: Any) -> Rollout:
     """The engine that the job names."""
-    if job.rollout.engine not in ENGINES:
-        raise EngineError(
-            f"rollout.engine = {job.rollout.engine} is planned for, not built in this version: "
-            "use --set rollout.engine=naive"
-        )
-    return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
+    if job.rollout.engine == "naive":
+        return NaiveRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
+    # Imported here: it takes seconds, and mends the library in the process.
+    from trainer.rollout.sglang.rollout import SglangRollout  # noqa: PLC0415
+
+    return SglangRollout(job, model.architecture, mesh, eos_ids=model.eos_ids)
 
 
-def train(job: Job, run_dir: FilePath, phases: Phases) -> None:
+def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = None) -> None:
     """Run the job: `steps` rollouts with all their learning.
+
+    Args:
+        job: to run.
+        run_dir: where its records and checkpoints go.
+        phases: is told where it is.
+        stops: takes the process's signals; None: none are looked for.
 
     Raises:
         LossError: a loss or gradient norm is NaN or infinite.
+        CheckpointError: the checkpoint to go on from is not whole, or another job's.
+        Stopped: a signal came; where checkpoints are wanted, the last whole step is saved.
     """
+    stops = stops or Stops()
     session = open_session(job, phases)
     prompts = read_prompts(session, "train")
     tests = read_prompts(session, "test") if job.eval_every_steps else []
@@ -154,24 +161,47 @@ def train(job: Job, run_dir: FilePath, phases: Phases) -> None:
     if job.rollout.group_size == 1:
         log.warning("rollout.group_size = 1: every advantage is zero, nothing will be learned")
     with Metrics(job, run_dir) as metrics:
-        state = update.init(read_weights(session))
-        reference = _reference_params(job, update.params(state)) if job.train.beta else None
-        with phases("hand_over"):
-            session.rollout.hand_over(update.params(state))
-        for step in range(job.steps):
-            phases.step, phases.seconds = step, {}
-            began = time.monotonic()
-            rolled = _roll(session, prompts_of_step(job, prompts, step), step)
-            session.rollout.sleep()
-            with phases("update"):
-                state, learned = learn(update, state, session, rolled, reference)
+        state, reference, done = _first_state(session, update)
+        checkpoints = Checkpoints(job, run_dir)
+        try:
             with phases("hand_over"):
                 session.rollout.hand_over(update.params(state))
-            record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
-            metrics.write(record, step)
-            _log_samples(session, rolled)
-            if job.eval_every_steps and (step + 1) % job.eval_every_steps == 0:
-                metrics.write(_evaluate(session, tests, after_steps=step + 1), step)
+            for step in range(done, job.steps):
+                phases.step, phases.seconds = step, {}
+                began = time.monotonic()
+                rolled = _roll(session, prompts_of_step(job, prompts, step), step)
+                session.rollout.sleep()
+                # While it learns the state is in no one place: a signal waits.
+                with phases("update"), stops.held():
+                    state, learned = learn(update, state, session, rolled, reference)
+                    done = step + 1
+                with phases("hand_over"):
+                    session.rollout.hand_over(update.params(state))
+                record = _record(session, rolled, learned, dt_s=time.monotonic() - began)
+                metrics.write(record, step)
+                _log_samples(session, rolled)
+                if checkpoints.due(done):
+                    with stops.held():
+                        checkpoints.save(state, done)
+                if job.eval_every_steps and done % job.eval_every_steps == 0:
+                    metrics.write(_evaluate(session, tests, after_steps=done), step)
+        except Stopped:
+            checkpoints.save_last(state, done)
+            raise
+
+
+def _first_state(session: Session, update: Update) -> tuple[Any, Any, int]:
+    """The state to go on from, the reference policy of a KL term, and the steps that are done."""
+    job, state, done = session.job, None, 0
+    reference = None
+    if job.checkpoint.resume is None or job.train.beta:
+        state = update.init(read_weights(session))
+        reference = _reference_params(job, update.params(state)) if job.train.beta else None
+    if job.checkpoint.resume is not None:
+        state = None  # the model's own weights were wanted for the reference alone
+        with session.phases("load"):
+            state, done = restore(job, update.abstract)
+    return state, reference, done
 
 
 def evaluate_only(job: Job, run_dir: FilePath, phases: Phases) -> None:

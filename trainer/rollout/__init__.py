@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ENGINES = ("naive",)  # of those that a job may name, the ones that this version has
+ENGINES = ("naive", "sglang_jax")  # of those that a job may name, the ones that this version has
 
 
 @dataclass(frozen=True, kw_only=True)

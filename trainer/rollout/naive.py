@@ -20,9 +20,8 @@ from trainer.architecture import Architecture
 from trainer.mesh import replicated, sampler_shardings
 from trainer.model import causal_attention, decoder_layer, logits, position_angles, rms_norm
 from trainer.rollout import Completions
+from trainer.rollout.sampling import NEVER, Places, draw
 from trainer.update.masters import Split, cast_tree
-
-_NEVER = jnp.finfo(jnp.float32).min
 
 
 class NaiveRollout:
@@ -216,13 +215,10 @@ def sample(
     prompt_kv, state = _prefill(weights, request, settings)
 
     def step(state: Sampling) -> Sampling:
-        scores = _tempered(state.logits, temperature)
-        choices = restrict(scores, top_k=settings.top_k, top_p=settings.top_p)
-        noise = gumbel_noise(key, request.sequence_numbers, state.position, choices.shape[1])
-        noisy = jnp.where(temperature > 0, choices + noise, state.logits)
-        token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-        chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(scores, axis=-1)
+        places = Places(request.sequence_numbers, state.position)
+        token, logprob, _ = draw(
+            state.logits, key, places, temperature, top_k=settings.top_k, top_p=settings.top_p
+        )
         next_logits, kv = _decode(weights, state, token, prompt_kv, a)
         return Sampling(
             position=state.position + 1,
@@ -236,46 +232,6 @@ def sample(
     unfinished = lambda state: (state.position < settings.max_tokens) & ~state.done.all()
     end = jax.lax.while_loop(unfinished, step, state)
     return end.done, end.tokens, end.logprobs
-
-
-def _tempered(scores: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Logits over temperature; a greedy sampler's logprobs are those of temperature 1."""
-    return scores / jnp.where(temperature > 0, temperature, 1.0)
-
-
-def gumbel_noise(
-    key: jax.Array, sequence_numbers: jax.Array, position: jax.Array, vocab: int
-) -> jax.Array:
-    """Noise that depends on seed, sequence and position alone, f32[sequences, vocab].
-
-    The largest of logits + noise is a sample of their softmax (Gumbel-max).
-    """
-
-    def one(number: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, number), position)
-        return jax.random.gumbel(own, (vocab,), jnp.float32)
-
-    return jax.vmap(one)(sequence_numbers)
-
-
-def restrict(scores: jax.Array, *, top_k: int | None, top_p: float) -> jax.Array:
-    """Scores with every token outside top-k, and then top-p of the rest, made impossible.
-
-    Args:
-        scores: f32[sequences, vocab], tempered logits.
-        top_k: keep so many; ties with the last are kept too. None: all.
-        top_p: keep the likeliest until they reach this probability together, the one that crosses
-            it included. 1: all.
-    """
-    if top_k is not None and top_k < scores.shape[1]:
-        least = jax.lax.top_k(scores, top_k)[0][:, -1:]
-        scores = jnp.where(scores >= least, scores, _NEVER)
-    if top_p < 1.0:
-        ranked = jnp.sort(scores, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
-        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        scores = jnp.where(scores >= least, scores, _NEVER)
-    return scores
 
 
 def _prefill(weights: Any, request: Request, settings: Settings) -> tuple[list[PromptKv], Sampling]:
@@ -368,8 +324,8 @@ def _attend_to_prompt_and_completion(
     before = dot("pgkrd,pskd->pgkrs", queries, prompt.keys) * head_dim**-0.5
     since = dot("pgkrd,pgskd->pgkrs", queries, keys) * head_dim**-0.5
     in_prompt = jnp.arange(before.shape[-1]) < prompt.lengths[:, None]
-    before = jnp.where(in_prompt[:, None, None, None], before, _NEVER)
-    since = jnp.where(jnp.arange(room) <= position, since, _NEVER)
+    before = jnp.where(in_prompt[:, None, None, None], before, NEVER)
+    since = jnp.where(jnp.arange(room) <= position, since, NEVER)
     # A softmax over both, divided last: what is divided is head_dim wide, not prompt + completion.
     top = jnp.maximum(before.max(axis=-1), since.max(axis=-1))[..., None]
     to_prompt, to_own = jnp.exp(before - top), jnp.exp(since - top)

@@ -62,23 +62,26 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
     )
 
     @cache
-    def reader(params_specs: Any) -> Any:
-        specs = jax.tree.unflatten(*params_specs)
+    def reader_of(tree: Any, params_specs: tuple[PartitionSpec, ...]) -> Any:
+        specs = jax.tree.unflatten(tree, params_specs)
         return jax.jit(
             share(partial(logprobs, program), in_specs=(specs, by_row), out_specs=by_row)
         )
 
+    def reader(params: Any) -> Any:
+        leaves, tree = jax.tree.flatten(params)
+        return reader_of(tree, tuple(leaf.sharding.spec for leaf in leaves))
+
     rate = optimizers.learning_rate(job)
     place = lambda rows: jax.device_put(rows, NamedSharding(mesh, by_row))
+    rows = abstract_rows(job, NamedSharding(mesh, by_row))
 
     def step(state: State, batch: Batch) -> tuple[State, Learned]:
         state, said = jitted(state, place(to_rows(batch, job)))
         return state, Learned.of(said, learning_rate=rate(int(state["updates"]) - 1))
 
     def logprobs_of(params: Any, batch: Batch) -> np.ndarray:
-        leaves, tree = jax.tree.flatten(params)
-        run = reader((tree, tuple(leaf.sharding.spec for leaf in leaves)))
-        found = run(params, place(to_rows(batch, job)))
+        found = reader(params)(params, place(to_rows(batch, job)))
         return np.asarray(found).reshape(np.shape(batch.completion_mask))
 
     return Update(
@@ -87,7 +90,8 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         params=_masters,
         step=step,
         logprobs=logprobs_of,
-        lower=lambda: jitted.lower(abstract, abstract_rows(job, NamedSharding(mesh, by_row))),
+        lower=lambda: jitted.lower(abstract, rows),
+        lower_logprobs=lambda params: reader(params).lower(params, rows),
     )
 
 

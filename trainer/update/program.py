@@ -66,6 +66,7 @@ class Update:
             f32[batch, completion] of its completion tokens.
         lower: the step's program for the job's shapes, lowered (`jax.stages.Lowered`) and not run:
             on a mesh of devices that are only described, it can still be compiled.
+        lower_logprobs: the same of the program behind `logprobs`, for abstract parameters.
     """
 
     abstract: State
@@ -74,6 +75,7 @@ class Update:
     step: Callable[[State, Batch], tuple[State, Learned]]
     logprobs: Callable[[Any, Batch], Any]
     lower: Callable[[], Any]
+    lower_logprobs: Callable[[Any], Any]
 
 
 def make_update(job: Job, architecture: Architecture, mesh: Mesh) -> Update:

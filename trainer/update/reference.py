@@ -171,8 +171,9 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         ]
         return jnp.concatenate(parts)
 
+    part = abstract_batch(job, sequences=job.micro_batch_size, sharding=sequences)
+
     def lower() -> Any:
-        part = abstract_batch(job, sequences=job.micro_batch_size, sharding=sequences)
         last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere)
         return jitted.lower(abstract, part, last=last)
 
@@ -183,4 +184,5 @@ def make(job: Job, architecture: Architecture, mesh: Mesh) -> Update:
         step=step,
         logprobs=logprobs,
         lower=lower,
+        lower_logprobs=lambda params: jitted_logprobs.lower(params, part),
     )

@@ -1,0 +1,255 @@
+"""`headroom run`: a job to its end, again where that may help, on from where it was.
+
+stdout is the log, or with --json the record; stderr what a person should know.
+"""
+
+# ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from runner.terminal import (
+    Refused,
+    World,
+    json_option,
+    load_job,
+    pass_world,
+    planner_errors,
+    print_diagnosis,
+    print_json,
+    raw,
+    runs_option,
+    say,
+    settled,
+)
+
+if TYPE_CHECKING:
+    from jobs.records import Manifest
+    from jobs.spec import Job
+    from runner.archive import RunDir
+
+
+@click.command()
+@click.argument("job_file", metavar="[JOB]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Instead of JOB: go on with a run from its newest checkpoint.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key.")
+@click.option("--from-env", is_flag=True, help="Take the SOP's variables (BATCH_SIZE, ...) too.")
+@click.option(
+    "--where",
+    type=click.Choice(["auto", "process", "docker"]),
+    default="auto",
+    show_default=True,
+    help="auto: Docker when a daemon answers, else a process.",
+)
+@click.option(
+    "--verb",
+    type=click.Choice(["train", "evaluate"]),
+    default="train",
+    show_default=True,
+    help="What the trainer does with the job.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Try again, up to N times, where the cause of the failure may pass by itself.",
+)
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Out of HBM: find a setting that fits (headroom fit) and run that, once.",
+)
+@runs_option
+@json_option
+@pass_world
+def run(  # noqa: PLR0913 - click hands in each option by its name
+    world: World,
+    *,
+    job_file: Path | None,
+    resume: str | None,
+    overrides: tuple[str, ...],
+    from_env: bool,
+    where: Literal["auto", "process", "docker"],
+    verb: str,
+    retries: int,
+    refit: bool,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Run a job to its end; its log streams here and is archived.
+
+    With --retries every attempt is a run of its own. What would only fail again is not tried again:
+    a job that ran out of HBM, whatever must be cleaned up first, a mistake in the job. With --refit
+    a job that ran out of HBM is run once more, in a setting that fits.
+
+    With --resume a run goes on, as a run of its own, from its newest checkpoint; its job must have
+    set checkpoint.every_steps. So does a retry. Later steps are done again, alike.
+
+    Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
+    130 and 143 interrupted.
+
+    \b
+    headroom run jobs/smoke.yaml --set steps=3 --where process
+    headroom run jobs/smoke.yaml --retries 3 --refit
+    headroom run --resume latest --set steps=100
+    """
+    from runner.conclude import diagnosis_of
+    from runner.retry import wait_s
+
+    before: str | None = None
+    if resume is not None:
+        if job_file is not None or from_env:
+            raise click.UsageError("--resume has the run's own job: leave JOB and --from-env out.")
+        job_file, overrides, before = _resumed(runs, resume, overrides)
+    if job_file is None:
+        raise click.UsageError("Name a JOB, or --resume RUN.")
+    load = partial(load_job, job_file, overrides, from_env=from_env)
+    made, manifest = _attempt(
+        world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=before
+    )
+    for number in range(retries):
+        diagnosis = diagnosis_of(made)
+        seconds = wait_s(manifest, diagnosis, attempts=number + 1)
+        if seconds is None or diagnosis is None:
+            break
+        say(
+            f"{made.name}: {diagnosis.cause} may pass by itself; "
+            f"retry {number + 1} of {retries} in {seconds:g} s (Ctrl-C: no more)"
+        )
+        world.pause(seconds)
+        # As it was first read: the file may be another by now.
+        load = partial(load_job, made.job_file, _go_on(made), from_env=False)
+        made, manifest = _attempt(
+            world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
+        )
+    diagnosis = diagnosis_of(made)
+    if refit and diagnosis is not None and diagnosis.retry == "after_refit":
+        say(f"{made.name}: {diagnosis.cause}; looking for a setting that fits")
+        if (fitted := _refitted(world, made)) is not None:
+            load = partial(load_job, fitted, (), from_env=False)
+            made, manifest = _attempt(
+                world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
+            )
+    sys.exit(_end(made, manifest, as_json=as_json))
+
+
+def _resumed(
+    runs: Path, name: str, overrides: tuple[str, ...]
+) -> tuple[Path, tuple[str, ...], str]:
+    """The job of a run that has ended, what it is to go on with, and the run's name."""
+    found, manifest = settled(runs, name)
+    if manifest.exit_status is None:
+        raise Refused(f"{found.name} still runs: headroom cancel {found.name} first")
+    if not (newest := _go_on(found)):
+        raise Refused(
+            f"{found.name} left no checkpoint to go on from: set checkpoint.every_steps in its "
+            f"job, and run that anew"
+        )
+    return found.job_file, (*newest, *overrides), found.name
+
+
+def _go_on(run: "RunDir") -> tuple[str, ...]:
+    """The setting with which a run goes on where it was; none where it left no checkpoint."""
+    newest = run.newest_checkpoint()
+    return () if newest is None else (f"checkpoint.resume={newest}",)
+
+
+def _refitted(world: World, made: "RunDir") -> Path | None:
+    from runner import refit
+    from runner.environment import TRAINER
+
+    with planner_errors():
+        return refit.refit(made, say=say, trainer=world.trainer or TRAINER)
+
+
+def _attempt(  # noqa: PLR0913 - the options of `run`
+    world: World,
+    load: Callable[[], "Job"],
+    *,
+    where: Literal["auto", "process", "docker"],
+    verb: str,
+    runs: Path,
+    as_json: bool,
+    retry_of: str | None = None,
+) -> tuple["RunDir", "Manifest"]:
+    """One run, from its job to its end."""
+    from runner.watch import Interrupts
+
+    # Before anything is made: from here on a signal ends in an exit status.
+    with Interrupts() as interrupts:
+        from rich.console import Console
+
+        from runner import archive, environment, launch
+        from runner.progress import log_stream
+        from runner.provenance import checkout
+
+        job = load()
+        try:
+            client, why = launch.place(where, job)
+            say(f"running in {why}")
+            kind = "process" if client is None else "docker"
+            code = checkout(environment.CODE)
+            _leave_if_asked(interrupts.numbers)
+            stream = raw("stderr" if as_json else "stdout")
+            steps = job.steps if verb == "train" else None
+            with (
+                archive.create(job, verb=verb, where=kind, runs=runs, code=code) as made,
+                log_stream(stream, Console(stderr=as_json), steps=steps) as out,
+            ):
+                say(f"run directory: {made.path}")
+                made.update(retry_of=retry_of)
+                manifest = launch.launch(
+                    made,
+                    job,
+                    client=client,
+                    out=out,
+                    say=say,
+                    trainer=environment.TRAINER if world.trainer is None else world.trainer,
+                    interrupts=interrupts,
+                )
+        except (launch.HostNotFit, OSError) as error:
+            raise Refused(str(error)) from error
+    return made, manifest
+
+
+def _leave_if_asked(numbers: list[int]) -> None:
+    """End as the first signal asks: nothing was made yet."""
+    from runner.ending import signal_name
+
+    if numbers:
+        say(f"{signal_name(numbers[0])}: stopped before the run was made")
+        sys.exit(128 + numbers[0])
+
+
+def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
+    """Say how the run ended and why, and give our exit code."""
+    from runner import conclude, ending
+    from runner import show as shown
+
+    diagnosis = conclude.diagnosis_of(made)
+    stop = made.read_json(made.stop_file)
+    code = ending.runner_code(
+        manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
+    )
+    try:
+        if as_json:
+            print_json(shown.as_data(made, manifest))
+        else:
+            if diagnosis is not None:
+                print_diagnosis(diagnosis, as_json=False)
+            click.echo(f"run directory: {made.path}")
+            if code and made.newest_checkpoint() is not None:
+                say(f"it can go on: headroom run --resume {made.name}")
+    except OSError:  # nobody reads any more, or where they read is full: the job ended as it did
+        sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue] - nor flush at the end
+    return code
