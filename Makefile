@@ -1,26 +1,35 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test check format image lock schema plan-table clean
+.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
 STAGE := cpu
 BASE := python:3.12-slim-bookworm
 ARGS :=
+# A host, a group or a pattern of the inventory (docs/deploy.md); empty: this machine.
+HOST :=
+INVENTORY := inventory/hosts.yaml
+PLAY = cd ansible && ../.venv/bin/ansible-playbook -i $(INVENTORY) --limit '$(HOST)'
 LOCK := .venv/bin/uv pip compile --quiet --python-version 3.12 --generate-hashes --no-header \
 	--overrides docker/overrides.txt
 
+needs-host = $(if $(HOST),,$(error HOST is empty: make $@ HOST=my-tpu-w0, a host of ansible/$(INVENTORY)))
+
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from the lock (every target does); PYTHON=/path/to/python3.12
 	@docker/setup_venv.sh $(PYTHON)
 
-smoke: setup ## Run a GRPO job here, without Docker; JOB=jobs/smoke.yaml ARGS="--set steps=3"
-	.venv/bin/headroom run $(JOB) --where process $(ARGS)
+smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/smoke.yaml ARGS="--set steps=3"
+	$(if $(HOST),$(PLAY) smoke.yml $(if $(filter file,$(origin JOB)),,-e 'run_job_file=$(JOB)') $(ARGS),.venv/bin/headroom run $(JOB) --where process $(ARGS))
 
 test: check ## Check, then run all tests; ARGS="-k reward"
 	.venv/bin/python -m pytest $(ARGS)
+
+test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
+	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)
 
 check: setup ## Lint, format, types, imports, spelling, YAML, Dockerfile, shell
 	.venv/bin/ruff check .
@@ -39,12 +48,21 @@ format: setup ## Format the code and mend what ruff can
 image: ## Build the container image headroom:STAGE; STAGE=cpu|tpu BASE=python:3.12-slim-bookworm
 	docker/build_image.sh $(STAGE) $(BASE)
 
+deploy: setup ## Deploy this commit to HOST=... of INVENTORY=inventory/hosts.yaml; ARGS="--check --diff"
+	$(needs-host)
+	$(PLAY) deploy.yml $(ARGS)
+
+logs: setup ## Fetch the newest job of HOST=..., its log and run directory, into fetched/
+	$(needs-host)
+	$(PLAY) fetch.yml $(ARGS)
+
 lock: setup ## Make the locks in docker/ again; ARGS=--upgrade takes newer versions
 	$(LOCK) docker/dev.in -o docker/dev.txt $(ARGS)
 	$(LOCK) docker/trainer.in -o docker/trainer.txt -c docker/dev.txt
 	$(LOCK) docker/tpu.in -o docker/tpu.txt -c docker/dev.txt
 	$(LOCK) docker/runner.in -o docker/runner.txt -c docker/dev.txt
 	$(LOCK) docker/build.in -o docker/build.txt -c docker/dev.txt
+	$(LOCK) docker/conda.in -o docker/conda.txt -c docker/dev.txt
 
 schema: setup ## Make jobs/job.schema.json from the job model
 	.venv/bin/python -m jobs.schema

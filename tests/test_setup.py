@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LOCKS = ["dev", "trainer", "tpu", "runner", "build"]
+LOCKS = ["dev", "trainer", "tpu", "runner", "build", "conda"]
 NEEDED = ["bash", "env", "cat", "sha256sum", "cut", "mkdir", "flock", "mktemp", "rm", "awk", "sed"]
 NEEDED += ["dirname", "sort", "head", "touch", "cp", "ls", "realpath", "tr", "grep"]
 
@@ -180,6 +180,29 @@ def test_make_passes_job_stage_and_arguments_on():
     assert make("-n", "image", "STAGE=tpu", "BASE=b:1").strip() == "docker/build_image.sh tpu b:1"
 
 
+@pytest.mark.parametrize(
+    ("argv", "runs"),
+    [
+        (["deploy", "ARGS=--check"], "inventory/hosts.yaml --limit 'w0' deploy.yml --check"),
+        (["logs", "INVENTORY=inventory/gcloud.py"], "inventory/gcloud.py --limit 'w0' fetch.yml"),
+        (["smoke"], "inventory/hosts.yaml --limit 'w0' smoke.yml"),
+        (["smoke", "JOB=jobs/x.yaml"], "--limit 'w0' smoke.yml -e 'run_job_file=jobs/x.yaml'"),
+    ],
+)
+def test_with_a_host_the_playbooks_run_there(argv, runs):
+    command = make("-n", *argv, "HOST=w0").splitlines()[-1].rstrip()
+    assert command.startswith("cd ansible && ../.venv/bin/ansible-playbook -i inventory/")
+    assert command.endswith(runs)
+
+
+@pytest.mark.parametrize("target", ["deploy", "logs"])
+def test_without_a_host_nothing_is_deployed_or_fetched(target):
+    argv = ["make", "-n", target]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"HOST is empty: make {target} HOST=" in done.stderr
+
+
 def pins(name: str) -> dict[str, str]:
     text = (REPOSITORY / "docker" / f"{name}.txt").read_text()
     return dict(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", text, re.MULTILINE))
@@ -201,7 +224,7 @@ def test_a_lock_pins_all_that_is_asked_for_by_hash_and_names_no_host(name):
 
 def test_the_locks_agree_with_each_other_and_hold_what_the_engine_needs():
     dev = pins("dev")
-    for name in ["trainer", "runner", "build"]:
+    for name in ["trainer", "runner", "build", "conda"]:
         assert pins(name).items() <= dev.items(), name
     for name, version in pins("tpu").items():
         assert dev.get(name, version) == version
