@@ -183,7 +183,7 @@ def test_a_checkpoint_can_be_evaluated(saved, tmp_path):
     job_json = write(tmp_path / "run", *asked)
     code, said = finish(start(job_json, "evaluate"))
     assert code == 0, said
-    [record] = [json.loads(line) for line in (tmp_path / "run" / STEPS_FILE).open()]
+    record = json.loads((tmp_path / "run" / STEPS_FILE).read_text())
     assert record["eval_step"] == 5
 
 
