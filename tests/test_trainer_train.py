@@ -329,6 +329,7 @@ def test_an_engine_that_computes_otherwise_is_corrected_for_and_the_mismatch_tol
         step=step,
         logprobs=lambda *_: trainer,
         lower=unused,
+        lower_logprobs=unused,
     )
     learn(update, "state", session, rolled, None)
     mask = np.arange(TOKENS) < lengths[:, None]
