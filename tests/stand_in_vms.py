@@ -23,7 +23,9 @@ USER = "person"
 OPTIONS = (
     *("--cap-add=SYS_ADMIN", "--cap-add=NET_ADMIN", "--cap-add=SYS_PTRACE", "--cap-add=SYS_MODULE"),
     *("--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined"),
-    *("--tmpfs=/run:exec", "--tmpfs=/run/lock", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw"),
+    # Read-only is the top alone: systemd must not mount hierarchies that this machine has not.
+    # They would outlive it, and containerd then finds no cgroup to watch for OOM kills.
+    *("--tmpfs=/run:exec", "--tmpfs=/run/lock", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:ro"),
     "--volume=/var/lib/docker",
 )
 # Of CPython, what no test of ours imports.
