@@ -23,8 +23,7 @@ USER = "person"
 OPTIONS = (
     *("--cap-add=SYS_ADMIN", "--cap-add=NET_ADMIN", "--cap-add=SYS_PTRACE", "--cap-add=SYS_MODULE"),
     *("--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined"),
-    # Read-only is the top alone: systemd must not mount hierarchies that this machine has not.
-    # They would outlive it, and containerd then finds no cgroup to watch for OOM kills.
+    # Read-only is the top alone: where it has no folder, systemd mounts no hierarchy of its own.
     *("--tmpfs=/run:exec", "--tmpfs=/run/lock", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:ro"),
     "--volume=/var/lib/docker",
 )
@@ -89,6 +88,27 @@ def start(engine: Engine, image: str, *, name: str, keys: Path, mount: Path) -> 
     until = "until systemctl is-active --quiet ssh docker; do sleep 0.1; done"
     assert vm.run("timeout", "60", "sh", "-c", until).returncode == 0, "no sshd in the stand-in"
     return vm
+
+
+def hierarchies() -> set[str]:
+    """The cgroup hierarchies that the kernel has, by their controllers."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return {line.split(":")[1] for line in lines} - {""}
+
+
+def forget(made: set[str], mount: Path) -> None:
+    """Ends hierarchies that a stand-in's systemd made; they outlive it while they have folders.
+
+    With one that is mounted nowhere containerd finds no cgroup to watch for OOM kills.
+    """
+    mount.mkdir(exist_ok=True)
+    for controllers in made:
+        argv = ["mount", "-t", "cgroup", "-o", controllers, "cgroup", str(mount)]
+        if subprocess.run(argv, check=False, timeout=10).returncode:
+            continue
+        for folder in sorted((p for p in mount.rglob("*") if p.is_dir()), reverse=True):
+            folder.rmdir()
+        subprocess.run(["umount", str(mount)], check=True, timeout=10)
 
 
 def ssh_keygen(path: Path) -> None:

@@ -146,7 +146,7 @@ def bare(headroom_image, tmp_path_factory):
     image = stand_in_vms.build(engine, base)
     # A path of its own in /tmp: sockets of ssh have short ones.
     scratch = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
-    vms = []
+    vms, before = [], stand_in_vms.hierarchies()
     try:
         for number in range(2):
             name = f"{OURS}-w{number}"
@@ -161,6 +161,7 @@ def bare(headroom_image, tmp_path_factory):
         for vm in vms:
             engine.run("docker", "rm", "--force", "--volumes", vm.name)
         engine.run("docker", "image", "rm", "--force", SHELL)
+        stand_in_vms.forget(stand_in_vms.hierarchies() - before, folder / "cgroup")
         shutil.rmtree(scratch, ignore_errors=True)
 
 
