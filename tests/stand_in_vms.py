@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,13 +103,17 @@ def forget(made: set[str], mount: Path) -> None:
     With one that is mounted nowhere containerd finds no cgroup to watch for OOM kills.
     """
     mount.mkdir(exist_ok=True)
-    for controllers in made:
-        argv = ["mount", "-t", "cgroup", "-o", controllers, "cgroup", str(mount)]
-        if subprocess.run(argv, check=False, timeout=10).returncode:
-            continue
-        for folder in sorted((p for p in mount.rglob("*") if p.is_dir()), reverse=True):
-            folder.rmdir()
-        subprocess.run(["umount", str(mount)], check=True, timeout=10)
+    # Removed folders go a little later, and only an unmount without any ends a hierarchy.
+    for _ in range(40):
+        for controllers in made & hierarchies():
+            argv = ["mount", "-t", "cgroup", "-o", controllers, "cgroup", str(mount)]
+            subprocess.run(argv, check=True, timeout=10)
+            for folder in sorted((p for p in mount.rglob("*") if p.is_dir()), reverse=True):
+                folder.rmdir()
+            subprocess.run(["umount", str(mount)], check=True, timeout=10)
+        if not made & hierarchies():
+            return
+        time.sleep(0.25)
 
 
 def ssh_keygen(path: Path) -> None:
