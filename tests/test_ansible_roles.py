@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -148,9 +149,10 @@ def test_what_a_machine_lacks_is_told_in_numbers(tmp_path, wanted):
         "0 device files of chips",
         "1e+09 wanted: free some",
         "open files is",
-        "its clock differs by 3600 s from the controller's, 30 allowed",
     ):
         assert words in found, words
+    [skew] = re.findall(r"its clock differs by (\S+) s from the controller's, 30 allowed", found)
+    assert 3600 <= float(skew) < 3700  # a slow machine adds its own
     (tmp_path / "accel0").touch()
     with (tmp_path / "accel0").open():
         told = host_check.holders(asked)
