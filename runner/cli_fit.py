@@ -70,7 +70,6 @@ def fit(  # noqa: PLR0913 - click hands in each option by its name
     headroom fit jobs/sop_bs32_len1024.yaml --accelerator v5e-8 --exact --out mine.yaml
     """
     from runner import fit_file, planning
-    from runner.environment import TRAINER
     from runner.watch import Interrupts
 
     own = () if accelerator is None else (f"accelerator={accelerator}",)
@@ -81,12 +80,13 @@ def fit(  # noqa: PLR0913 - click hands in each option by its name
     asked = planning.FitAsked(
         margin_gib=margin, exact=exact, quick=quick, engine_weights=engine_weights, limit_s=limit
     )
-    trainer = TRAINER if world.trainer is None else world.trainer
     try:
         fit_file.check(file, force=force)  # before minutes of work
         with planner_errors():
             with Interrupts() as interrupts:
-                found = planning.fit(job, asked, say=say, interrupts=interrupts, trainer=trainer)
+                found = planning.fit(
+                    job, asked, say=say, interrupts=interrupts, trainer=world.program()
+                )
             if found.plan is not None:
                 fit_file.write(job_file, (*overrides, *own), found, to=file, force=force)
                 say(f"wrote {file}")

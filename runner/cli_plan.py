@@ -73,7 +73,6 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     headroom plan jobs/sop_smoke.yaml --quick --html plan.html
     """
     from runner import planning
-    from runner.environment import TRAINER
     from runner.watch import Interrupts
 
     if what_if is not None and (png or html):
@@ -87,9 +86,8 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
         what_if=what_if is not None,
         limit_s=limit,
     )
-    trainer = TRAINER if world.trainer is None else world.trainer
     with planner_errors(), Interrupts() as interrupts:
-        plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=trainer)
+        plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=world.program())
     _show(plans, as_json=as_json, what_if=asked.what_if)
     _draw(plans[0], png=png, html=html)
     fits = any(one.verdict == "fits" for one in plans)

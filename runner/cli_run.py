@@ -108,9 +108,8 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
 
     job_file, overrides, before = _asked(runs, job_file, resume, overrides, from_env=from_env)
     load = partial(load_job, job_file, overrides, from_env=from_env)
-    made, manifest = _attempt(
-        world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=before
-    )
+    attempt = partial(_attempt, world, where=where, verb=verb, runs=runs, as_json=as_json)
+    made, manifest = attempt(load, retry_of=before)
     for number in range(retries):
         diagnosis = diagnosis_of(made)
         seconds = wait_s(manifest, diagnosis, attempts=number + 1)
@@ -123,9 +122,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         world.pause(seconds)
         # As it was first read: the file may be another by now.
         load = partial(load_job, made.job_file, _go_on(made), from_env=False)
-        made, manifest = _attempt(
-            world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
-        )
+        made, manifest = attempt(load, retry_of=made.name)
     diagnosis = diagnosis_of(made)
     if refit and diagnosis is not None and diagnosis.retry == "after_refit":
         say(f"{made.name}: {diagnosis.cause}; looking for a setting that fits")
@@ -133,9 +130,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
             if _go_on(made):
                 say("it begins anew: a checkpoint goes on with the settings that it was made with")
             load = partial(load_job, fitted, ("checkpoint.resume=null",), from_env=False)
-            made, manifest = _attempt(
-                world, load, where=where, verb=verb, runs=runs, as_json=as_json, retry_of=made.name
-            )
+            made, manifest = attempt(load, retry_of=made.name)
     sys.exit(_end(made, manifest, as_json=as_json))
 
 
@@ -185,10 +180,9 @@ def _go_on(run: "RunDir") -> tuple[str, ...]:
 
 def _refitted(world: World, made: "RunDir") -> Path | None:
     from runner import refit
-    from runner.environment import TRAINER
 
     with planner_errors():
-        return refit.refit(made, say=say, trainer=world.trainer or TRAINER)
+        return refit.refit(made, say=say, trainer=world.program())
 
 
 def _attempt(  # noqa: PLR0913 - the options of `run`
@@ -199,7 +193,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
     verb: str,
     runs: Path,
     as_json: bool,
-    retry_of: str | None = None,
+    retry_of: str | None,
 ) -> tuple["RunDir", "Manifest"]:
     """One run, from its job to its end."""
     from runner.watch import Interrupts
@@ -233,7 +227,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
                     client=client,
                     out=out,
                     say=say,
-                    trainer=environment.TRAINER if world.trainer is None else world.trainer,
+                    trainer=world.program(),
                     interrupts=interrupts,
                 )
         except (launch.HostNotFit, OSError) as error:

@@ -33,6 +33,12 @@ class World:
     trainer: tuple[str, ...] | None = None
     pause: Callable[[float], None] = time.sleep
 
+    def program(self) -> tuple[str, ...]:
+        """The program of the process way."""
+        from runner.environment import TRAINER
+
+        return TRAINER if self.trainer is None else self.trainer
+
 
 pass_world = click.make_pass_decorator(World, ensure=True)
 runs_option = click.option(

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.handover import live_bytes
 from tests.engines import EOS, FAMILIES, engine_job, make_engine, random_params
 from trainer.mesh import make_mesh
 from trainer.model import hidden_states, logits
@@ -193,16 +194,6 @@ def test_greedy_takes_the_likeliest_token(make, params):
 
 
 # Hand-over, sleep and wake
-
-
-def live_bytes():
-    """Bytes of all arrays of the process, one that two arrays share counted once."""
-    buffers = {}
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            if shard.data.size:
-                buffers[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
-    return sum(buffers.values())
 
 
 def test_asleep_the_engine_owns_nothing_and_twenty_wakes_compile_nothing():

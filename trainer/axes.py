@@ -45,6 +45,11 @@ def shared_axis(name: str) -> int | None:
     return next((i for i, axis in enumerate(axes) if axis in OVER_SAMPLER), None)
 
 
+def of_kv_heads(name: str) -> bool:
+    """Whether a leaf has an axis of key and value heads, which engines may repeat."""
+    return "kv_heads" in LEAF_AXES[name]
+
+
 def on_host(name: str, part: str, offloaded: Collection[str]) -> bool:
     """Whether layer_major keeps a part of a leaf in the host's memory, by `update.host_offload`.
 

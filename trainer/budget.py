@@ -12,7 +12,15 @@ from typing import Literal
 
 from jobs.spec import Job
 from trainer.architecture import Architecture, leaf_shapes
-from trainer.axes import LEAF_AXES, MESH_AXES, OVER_MESH, OVER_SAMPLER, on_host, shared_axis
+from trainer.axes import (
+    LEAF_AXES,
+    MESH_AXES,
+    OVER_MESH,
+    OVER_SAMPLER,
+    of_kv_heads,
+    on_host,
+    shared_axis,
+)
 from trainer.buffers import tiled_bytes
 from trainer.rollout.sglang.settings import settings_of
 
@@ -206,7 +214,7 @@ def engine_weight_bytes(job: Job, architecture: Architecture, build: EngineBuild
 def engine_copied_bytes(job: Job, architecture: Architecture, build: EngineBuild) -> int:
     """The part of sglang-jax's weights that is no array of the trainer's.
 
-    Source: trainer/rollout/sglang/leaves.py, `HandOver.referenced`.
+    Source: trainer/rollout/sglang/leaves.py, `HandOver.missing`.
     """
     leaves = _engine_leaves(job, architecture, build)
     return sum(leaf.size_bytes for leaf in leaves if not leaf.by_reference)
@@ -233,7 +241,7 @@ def _engine_leaves(
     for path, shape in leaf_shapes(architecture).items():
         name, in_layers = path[-1], path[0] == "layers"
         one = wide = shape[1:] if in_layers else shape
-        if name in ("k", "v", "k_bias", "v_bias"):
+        if of_kv_heads(name):
             wide = (*one[:-1], kv_width)
         whole = build == "replicated" and ("bias" in name or not in_layers)
         part = wide if whole else _share(wide, shared_axis(name), tp)
@@ -262,7 +270,7 @@ def engine_request_bytes(job: Job, *, prefill: bool) -> int:
     Source: `ForwardBatch` and `FlashAttentionMetadata` of sglang-jax 0.0.2, less what XLA drops.
     """
     s = settings_of(job)
-    pages = tiled_bytes((s.running * -(-s.length // s.page_size),), 4)
+    pages = tiled_bytes((s.running * s.paged_length // s.page_size,), 4)
     tokens = tiled_bytes((max(s.prefill_paddings) if prefill else s.running,), 4)
     # Lengths and their sums, and how many sequences are of which kind.
     return pages + 2 * tokens + (5 if prefill else 4) * tiled_bytes((s.running,), 4)

@@ -222,24 +222,25 @@ def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
     packed = 4 // itemsize
     if len(shape) < 2:
         length = shape[0] if shape else 1
-        tile = min(1024, max(128 * packed, _power_of_two(length)))
-        size = _up_to(length, tile)
+        tile = min(1024, max(128 * packed, power_of_two(length)))
+        size = up_to(length, tile)
     else:
         one, other = shape[-2:]
         padded = min(_plane(one, other, packed), _plane(other, one, packed))
         size = math.prod(shape[:-2]) * padded
-    return _up_to(size * itemsize, 512)
+    return up_to(size * itemsize, 512)
 
 
 def _plane(rows: int, columns: int, packed: int) -> int:
     """Items of a matrix with its padding."""
-    return _up_to(rows, min(8, max(packed, _power_of_two(rows)))) * _up_to(columns, 128)
+    return up_to(rows, min(8, max(packed, power_of_two(rows)))) * up_to(columns, 128)
 
 
-def _up_to(value: int, multiple: int) -> int:
+def up_to(value: int, multiple: int) -> int:
+    """The least multiple that is not below."""
     return -(-value // multiple) * multiple
 
 
-def _power_of_two(value: int) -> int:
-    """The least that is not below."""
+def power_of_two(value: int) -> int:
+    """The least power of two that is not below."""
     return 1 << max(value - 1, 0).bit_length()

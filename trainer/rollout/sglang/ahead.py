@@ -4,14 +4,9 @@ The engine's model class, attention backend, KV pool and batches are its own, ma
 makes them; only where it would put an array on a device, that array's shape is noted instead.
 """
 
-import json
-import logging
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jobs.spec import Job
-from trainer.architecture import Architecture, to_hf_config
+from trainer.architecture import Architecture
 from trainer.budget import EngineBuild
-from trainer.rollout.sglang import start
+from trainer.rollout.sglang import probe, start
 from trainer.rollout.sglang.leaves import HandOver
-from trainer.rollout.sglang.probe import TOKENS, token_logprobs
 from trainer.rollout.sglang.settings import Settings, settings_of
 
 # `start` has mended the engine, which must come before anything else of it is imported.
@@ -70,16 +64,14 @@ class Engine:
             pool_tokens: of the KV pool.
         """
         s, mode = self._settings, forward_batch_info.ForwardMode
-        limit = self._runner.attn_backend.get_max_running_reqests(s.length, s.page_size)
-        requests = min(s.running, limit)
-        tokens = max(s.prefill_paddings) if prefill else requests
+        tokens = max(s.prefill_paddings) if prefill else s.running
         worker = object.__new__(tp_worker.ModelWorker)
         worker.model_config = self._runner.model_config
         batch = worker.generate_model_worker_batch(
-            requests,
+            s.running,
             tokens,
             mode.EXTEND if prefill else mode.DECODE,
-            requests * -(-s.length // s.page_size) * s.page_size,
+            s.running * s.paged_length,
         )
         with _for_described_devices(self._mesh):
             backend = self._runner.attn_backend
@@ -122,26 +114,21 @@ class Engine:
             layer_num=config.num_hidden_layers,
             mesh=self._mesh,
         )
-        shape = (tokens + s.page_size, pool.head_num * 2, pool.head_dim)
-        layer = jax.ShapeDtypeStruct(shape, pool.dtype, sharding=pool.kv_sharding)
-        pool.kv_buffer = [layer] * pool.layer_num
+        pool.kv_buffer = start.pool_layers(pool)
         return pool
 
 
 def lowered_probe(job: Job, architecture: Architecture, params: Any) -> Any:
     """The trainer's own pass over a few tokens, with which the engine's are compared."""
-    run = partial(token_logprobs, architecture=architecture, dtype=jnp.dtype(job.engine.dtype))
-    tokens = jax.ShapeDtypeStruct((1, job.rollout.max_prompt_tokens + TOKENS), jnp.int32)
-    return jax.jit(run).lower(params, tokens, jax.ShapeDtypeStruct((), jnp.float32))
+    tokens = jax.ShapeDtypeStruct(probe.tokens_shape(job), jnp.int32)
+    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    return probe.program(job, architecture).lower(params, tokens, temperature)
 
 
 def _runner(job: Job, architecture: Architecture, mesh: Mesh, settings: Settings) -> Any:
     """The driver's model runner, up to where it would ask for memory."""
-    logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
     runner = object.__new__(start.Runner)
-    with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
-        config = to_hf_config(architecture, dtype=job.engine.dtype)
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with start.model_folder(job, architecture) as folder:
         # The engine wants the platform that JAX_PLATFORMS names, and planning's is the CPU.
         here = job.model_copy(update={"accelerator": f"cpu-{job.target.devices}"})
         arguments = start.arguments_of(here, folder, 0)

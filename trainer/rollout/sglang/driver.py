@@ -20,7 +20,7 @@ from trainer.budget import engine_copied_bytes
 from trainer.rollout.sampling import Drawn, Places, draw_alone
 from trainer.rollout.sglang.leaves import HandOver
 from trainer.rollout.sglang.settings import EngineError, EngineFaultError, settings_of
-from trainer.rollout.sglang.start import AXES, start
+from trainer.rollout.sglang.start import AXES, pool_layers, start
 
 # `start` has mended the engine, which must come before anything else of it is imported.
 from sgl_jax.srt.managers.io_struct import TokenizedGenerateReqInput  # isort: skip
@@ -90,17 +90,17 @@ class Driver:
         worker = self._scheduler.tp_worker
         self.runner: Any = worker.model_runner
         self.pool_tokens = int(self.runner.max_total_num_tokens)
-        length, page = self.settings.length, self.settings.page_size
-        if self.pool_tokens < -(-length // page) * page + page:
+        length, paged = self.settings.length, self.settings.paged_length
+        if self.pool_tokens < paged + self.settings.page_size:
             raise EngineError(
                 f"the KV pool of sglang-jax holds {self.pool_tokens} tokens, a sequence of the job "
                 f"up to {length}, and a page must be left: raise engine.mem_fraction_static "
                 f"({self.runner.mem_fraction_static}), of {gib(self.runner.free_bytes)} free with "
                 f"{gib(coming)} of weights to come, or shorten the sequences"
             )
-        worker.max_req_len = -(-length // page) * page
+        worker.max_req_len = paged
         worker.precompile_cache_loc_paddings = [
-            requests * worker.max_req_len for requests in worker.precompile_bs_paddings
+            requests * paged for requests in worker.precompile_bs_paddings
         ]
         # It would keep seven tokens of each sequence back; what is asked was checked by `run`.
         self._scheduler.max_req_len = self._scheduler.max_req_input_len = length + 7
@@ -118,7 +118,7 @@ class Driver:
         missing = self.hand_over.missing(params)
         self.by_reference = len(missing) < len(self.hand_over.places)
         self.runner.leaves = []  # the old ones go before the new ones come
-        self.runner.leaves = jax.block_until_ready(self.hand_over(params))
+        self.runner.leaves = jax.block_until_ready(self.hand_over(params, missing))
         if not self.runner.token_to_kv_pool.kv_buffer:
             self.runner.token_to_kv_pool.kv_buffer = self._make_pool()
         if self._precompile:
@@ -258,6 +258,6 @@ class Driver:
 
 def _pool_program(pool: Any) -> Any:
     """The one program that makes every layer's keys and values, kept for every wake."""
-    shape = (pool.size + pool.page_size, pool.head_num * 2, pool.head_dim)
-    make = lambda: [jnp.zeros(shape, pool.dtype) for _ in range(pool.layer_num)]
-    return jax.jit(make, out_shardings=[pool.kv_sharding] * pool.layer_num)
+    layers = pool_layers(pool)
+    make = lambda: [jnp.zeros(layer.shape, layer.dtype) for layer in layers]
+    return jax.jit(make, out_shardings=[layer.sharding for layer in layers])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.architecture import Architecture
-from trainer.axes import shared_axis
+from trainer.axes import of_kv_heads, shared_axis
 from trainer.update.masters import Split, cast
 
 _TENSOR = "tensor"
@@ -36,7 +36,6 @@ _IN_LAYER = {
     **{f"self_attn.{name}_proj.weight": name for name in "qkv"},
     **{f"self_attn.{name}_proj.bias": f"{name}_bias" for name in "qkv"},
 }
-_OF_KV_HEADS = ("k", "v", "k_bias", "v_bias")
 
 
 class Place(NamedTuple):
@@ -131,12 +130,15 @@ class HandOver:
         same = hi.shape == shape and hi.dtype == self._dtype
         return same and hi.sharding.is_equivalent_to(sharding, len(shape))
 
-    def __call__(self, params: Any) -> list[jax.Array]:
+    def __call__(self, params: Any, missing: tuple[int, ...]) -> list[jax.Array]:
         """Every leaf; those that need a copy are made by one program, no bytes of others move.
 
         Whoever donates the state must let go of the others before.
+
+        Args:
+            params: the trainer's.
+            missing: `missing` of them.
         """
-        missing = self.missing(params)
         made = dict(zip(missing, self.program(missing)(params), strict=True)) if missing else {}
         return [
             made[i] if i in made else self._reference(i, params) for i in range(len(self.places))
@@ -159,7 +161,7 @@ class HandOver:
         if place.layer is not None and isinstance(params["layers"], dict):
             source = jax.tree.map(lambda stack: stack[place.layer], source)
         leaf = cast(source, self._dtype)
-        if place.name in _OF_KV_HEADS and self._repeats > 1:
+        if of_kv_heads(place.name) and self._repeats > 1:
             heads = leaf.reshape(*leaf.shape[:-1], -1, self._head_dim)
             leaf = jnp.repeat(heads, self._repeats, axis=-2)
         return leaf.reshape(self._shapes[i])

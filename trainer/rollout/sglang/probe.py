@@ -33,8 +33,7 @@ class Probe:
 
     def __init__(self, job: Job, architecture: Architecture) -> None:
         self._job = job
-        dtype = jnp.dtype(job.engine.dtype)
-        self._logprobs = jax.jit(partial(token_logprobs, architecture=architecture, dtype=dtype))
+        self._logprobs = program(job, architecture)
 
     def check(
         self, params: Any, prompt: Any, completions: Completions, *, temperature: float
@@ -50,11 +49,10 @@ class Probe:
         Raises:
             EngineFaultError: the distance is above what rounding explains.
         """
-        r = self._job.rollout
         count = min(TOKENS, int(completions.lengths[0]))
         sampled = completions.tokens[0, :count]
         known = np.concatenate([np.asarray(prompt, np.int32), sampled])
-        tokens = np.zeros((1, r.max_prompt_tokens + TOKENS), np.int32)
+        tokens = np.zeros(tokens_shape(self._job), np.int32)
         tokens[0, : len(known)] = known
         found = self._logprobs(params, tokens, np.float32(temperature if temperature > 0 else 1.0))
         ours = np.asarray(found)[0, len(prompt) - 1 :][:count]
@@ -67,6 +65,17 @@ class Probe:
                 "nothing was learned from them"
             )
         return distance
+
+
+def program(job: Job, architecture: Architecture) -> Any:
+    """The jitted (params, tokens, temperature) -> logprobs that a probe runs."""
+    dtype = jnp.dtype(job.engine.dtype)
+    return jax.jit(partial(token_logprobs, architecture=architecture, dtype=dtype))
+
+
+def tokens_shape(job: Job) -> tuple[int, int]:
+    """[1, seq] of its tokens, the same for every probe of a job."""
+    return 1, job.rollout.max_prompt_tokens + TOKENS
 
 
 def token_logprobs(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jobs.spec import Job
 from trainer.architecture import Architecture
+from trainer.buffers import power_of_two, up_to
 from trainer.refusal import Refusal
 
 VERSION = "0.0.2"
@@ -45,6 +46,11 @@ class Settings:
     decode_paddings: tuple[int, ...]
     mem_fraction: float | None
 
+    @property
+    def paged_length(self) -> int:
+        """Tokens of the pool that a sequence at its longest takes: whole pages."""
+        return up_to(self.length, self.page_size)
+
 
 def settings_of(job: Job) -> Settings:
     """The engine's settings for a job."""
@@ -56,13 +62,13 @@ def settings_of(job: Job) -> Settings:
     prefill = e.chunked_prefill_size
     if prefill is None:
         wanted = min(_MOST_PREFILL, max(_LEAST_PREFILL, r.max_prompt_tokens))
-        prefill = _up_to(1 << (max(wanted, running) - 1).bit_length(), page)
+        prefill = up_to(power_of_two(max(wanted, running)), page)
     return Settings(
         tp_size=e.tp_size or job.target.devices,
         running=running,
         length=length,
         page_size=page,
-        pool_tokens=e.max_total_tokens or running * _up_to(length, page),
+        pool_tokens=e.max_total_tokens or running * up_to(length, page),
         prefill_tokens=prefill,
         prefill_paddings=tuple(sorted({*(e.precompile_token_paddings or ()), prefill})),
         decode_paddings=tuple(sorted({*(e.precompile_bs_paddings or ()), running})),
@@ -78,10 +84,6 @@ def _most_running(job: Job, length: int, page: int) -> int:
     if job.target.platform != "tpu":
         return 4096
     return max(1, 1024 * 1024 // 2 // -(-(length + 1) // page) // 4)
-
-
-def _up_to(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def check_engine(job: Job, architecture: Architecture) -> None:
@@ -159,7 +161,7 @@ def _check_sizes(job: Job, s: Settings) -> None:
             "requests in flight, and sglang-jax pads every batch to it: raise it, or lower "
             "engine.max_running_requests"
         )
-    least = _up_to(s.length, s.page_size)
+    least = s.paged_length
     if s.pool_tokens < least:
         raise EngineError(
             f"engine.max_total_tokens = {s.pool_tokens} is a KV pool too small for one sequence "

@@ -109,6 +109,31 @@ class _Scheduler(scheduling.Scheduler):
         """End at once."""
 
 
+def pool_layers(pool: Any) -> list[jax.ShapeDtypeStruct]:
+    """Keys and values of each layer, fused, [tokens + page, 2 x kv_heads, head_dim].
+
+    Source: `MHATokenToKVPool._create_buffers` of sglang-jax 0.0.2.
+    """
+    shape = (pool.size + pool.page_size, pool.head_num * 2, pool.head_dim)
+    layer = jax.ShapeDtypeStruct(shape, pool.dtype, sharding=pool.kv_sharding)
+    return [layer] * pool.layer_num
+
+
+@contextmanager
+def model_folder(
+    job: Job, architecture: Architecture, *, eos_ids: Sequence[int] = ()
+) -> Iterator[str]:
+    """A folder with the config.json that the engine reads its model from; no weights."""
+    logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
+    config = {
+        **to_hf_config(architecture, dtype=job.engine.dtype),
+        "eos_token_id": list(eos_ids),  # none is an answer, too: transformers would name its own
+    }
+    with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield folder
+
+
 @contextmanager
 def in_place_of(substitutes: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
     """Names of modules stand for something else, for as long as the context lasts."""
@@ -160,7 +185,6 @@ def start(
         EngineError: it finds too little memory, with its own words and our numbers.
         EngineFaultError: it does not start for another reason.
     """
-    logging.getLogger("sgl_jax").setLevel(job.engine.log_level.upper())
     substitutes = {
         (working, "ModelRunner"): Runner,
         (scheduling, "create_device_mesh"): lambda **_: mesh,
@@ -168,12 +192,7 @@ def start(
         (scheduling, "zmq"): SimpleNamespace(Context=lambda _: None),  # one would never be closed
     }
     nobody = PortArgs("", "", "", "", "", "", "")  # pyright: ignore
-    with tempfile.TemporaryDirectory(prefix="headroom-engine-") as folder:
-        config = {
-            **to_hf_config(architecture, dtype=job.engine.dtype),
-            "eos_token_id": list(eos_ids),
-        }
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with model_folder(job, architecture, eos_ids=eos_ids) as folder:
         arguments = arguments_of(job, folder, coming_bytes)
         try:
             with in_place_of(substitutes), _cache_settings_kept():
