@@ -26,7 +26,7 @@ smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/sm
 	$(if $(HOST),$(PLAY) smoke.yml $(if $(filter file,$(origin JOB)),,-e 'run_job_file=$(JOB)') $(ARGS),.venv/bin/headroom run $(JOB) --where process $(ARGS))
 
 test: check ## Check, then run all tests; ARGS="-k reward"
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
 	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)

@@ -98,12 +98,19 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.strip()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what uses these fixtures, and gives it the time that the first of them needs."""
+    """Marks what uses these fixtures, and gives it the time that the first of them needs.
+
+    Side by side (pytest -n 2 --dist loadgroup) a file stays in one process, and so does all that
+    Docker runs: there is one engine.
+    """
     for item in items:
         if {"docker_engine", "headroom_image"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.docker)
             item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
+        group = "docker" if item.get_closest_marker("docker") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
