@@ -54,9 +54,11 @@ class Row(Record):
 
     cell: str
     settings: dict[str, JsonValue]
-    place: dict[str, JsonValue] = {}
+    place: dict[str, JsonValue]
     job_file: str
     command: str
+    steps: list[StepRecord]
+    measured: list[Measured]
     planned: Planned | None = None
     planned_from: str | None = None
     plan_said: str = ""
@@ -66,8 +68,6 @@ class Row(Record):
     run: str | None = None
     manifest: Manifest | None = None
     diagnosis: Diagnosis | None = None
-    steps: list[StepRecord] = []
-    measured: list[Measured] = []
 
 
 class Sweep(Record):
@@ -83,6 +83,6 @@ class Sweep(Record):
 
     name: str
     accelerator: str
-    axes: dict[str, list[JsonValue]] = {}
-    rows: list[Row] = []
-    notes: list[str] = []
+    axes: dict[str, list[JsonValue]]
+    rows: list[Row]
+    notes: list[str]
