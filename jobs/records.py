@@ -120,6 +120,9 @@ class HbmSample(Record):
         step: the step under way; -1 before the first.
         phase: load, rollout, hand_over or update.
         in_use_bytes, peak_bytes, limit_bytes: one number a device, in `jax.local_devices()` order.
+        peak_reserved_bytes: the most that programs' temporaries have taken so far; None where the
+            runtime does not tell, as the next.
+        largest_free_bytes: the largest free piece.
     """
 
     step: int
@@ -127,6 +130,8 @@ class HbmSample(Record):
     in_use_bytes: list[int]
     peak_bytes: list[int]
     limit_bytes: list[int]
+    peak_reserved_bytes: list[int] | None = None
+    largest_free_bytes: list[int] | None = None
 
 
 class Failure(Record):

@@ -19,6 +19,8 @@ from jobs.contradictions import contradictions
 from jobs.problems import JobError, parse
 from jobs.source import Source, read_sources
 
+DEFAULT_CACHE_DIR = "~/.cache/headroom"
+
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Sizes = Annotated[tuple[Count, ...], Field(strict=False)]
@@ -293,7 +295,7 @@ class Job(Part):
     """Put before each question; unset: ours, which asks for think and answer tags; "": none."""
     eval_every_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate after every so many steps; 0: never."""
-    cache_dir: LocalPath = "~/.cache/headroom"
+    cache_dir: LocalPath = DEFAULT_CACHE_DIR
     """Compiled programs, and the hub's files of containers; kept between runs."""
     data: Data = Data()
     rollout: Rollout = Rollout()

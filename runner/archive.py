@@ -93,6 +93,11 @@ class RunDir:
         found = sorted((self.path / CHECKPOINTS).glob("step_*"))
         return found[-1] if found else None
 
+    def cache_dir(self) -> Path | None:
+        """The job's cache_dir; None where job.json cannot be read."""
+        named = (self.read_json(self.job_file) or {}).get("cache_dir")
+        return Path(named) if isinstance(named, str) else None
+
     @property
     def failure_file(self) -> Path:
         """Why the trainer stopped, in its own words."""

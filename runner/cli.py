@@ -202,6 +202,49 @@ def diagnose(*, log: str, follow: bool, runs: Path, as_json: bool) -> None:
         print_diagnosis(diagnosis, as_json=as_json)
 
 
+@main.command()
+@run_name
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Of the jobs that will be planned; their default cache_dir when not given.",
+)
+@runs_option
+@json_option
+def calibrate(*, name: str, cache_dir: Path | None, runs: Path, as_json: bool) -> None:
+    """Compare a run's HBM with its plan, and let later plans count on what it measured.
+
+    `headroom run` does so by itself at the end of each run on real chips; this is for a run that
+    was fetched from another machine. Plans use the newest run of their accelerator and libtpu.
+
+    RUN: a name, its beginning, the path of a run directory, or latest.
+
+    \b
+    headroom calibrate fetched/20260119-084640-sop/my-tpu-w0/runs/20260119-084640-sop-15154fc
+    """
+    from jobs.records import HBM_FILE
+    from jobs.spec import DEFAULT_CACHE_DIR
+    from runner import conclude, measured
+    from runner import show as shown
+
+    found, manifest = settled(runs, name)
+    plan = measured.plan_of(found)
+    rows = measured.compare(plan, found, conclude.diagnosis_of(found)) if plan is not None else []
+    cache_dir = cache_dir or Path(DEFAULT_CACHE_DIR).expanduser()
+    kept = conclude.keep_calibration(found, manifest, cache_dir)
+    if kept is None and not rows:
+        raise Refused(
+            f"{found.name} measured no HBM that could be compared: it has no samples of a TPU "
+            f"({HBM_FILE}), or no plan of its job"
+        )
+    if as_json:
+        print_json([row.model_dump(mode="json") for row in rows])
+    else:
+        shown.print_measured(rows, console())
+    if kept is not None:
+        say(f"plans of its accelerator count on it from now on: {kept}")
+
+
 def _with_log(runs: Path, name: str) -> tuple["RunDir", "Manifest"]:
     """As `settled`, of a run whose log is there."""
     found, manifest = settled(runs, name)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
+from runner import measured
 from runner.archive import RunDir, write_whole
 from runner.diagnose import diagnose
 
@@ -14,10 +15,23 @@ _UNEXPLAINED = ("failed", "oom_killed", "lost")
 def conclude(run: RunDir, status: ExitStatus) -> Manifest:
     """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
     manifest = run.finish(status)
+    if (cache_dir := run.cache_dir()) is not None:
+        keep_calibration(run, manifest, cache_dir)
     if status.reason in _UNEXPLAINED:
         found = explain(run, manifest)
         write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
     return manifest
+
+
+def keep_calibration(run: RunDir, manifest: Manifest, cache_dir: Path) -> Path | None:
+    """Where the planner finds what the run measured; None where it measured nothing, or no room."""
+    found = measured.calibration(run, manifest)
+    if found is None:
+        return None
+    try:
+        return measured.keep(found, cache_dir)
+    except OSError:  # a run's end matters more than what the next plan could learn from it
+        return None
 
 
 def beside(folder: Path) -> dict[str, Any]:

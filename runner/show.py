@@ -22,9 +22,11 @@ from jobs.records import (
     Manifest,
     Record,
     StepRecord,
+    gib,
 )
 from runner.archive import RunDir
 from runner.diagnose import format_diagnosis
+from runner.sweep_row import Measured
 from runner.watch import Sink, write_out
 
 _POLL_S = 0.5
@@ -151,6 +153,17 @@ def _steps_table(steps: Iterable[StepRecord]) -> Table:
             f"{s.dt_s:.1f}",
         )
     return table
+
+
+def print_measured(rows: Iterable[Measured], console: Console) -> None:
+    """Planned beside measured, a line each, GiB a chip."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("a chip", "planned", "measured", "difference"):
+        table.add_column(column, justify="left" if column == "a chip" else "right")
+    for row in rows:
+        sizes = (gib(row.planned_bytes), gib(row.measured_bytes), gib(row.error_bytes))
+        table.add_row(Text(row.what), *sizes)
+    console.print(table)
 
 
 def print_list(manifests: Iterable[Manifest], console: Console) -> None:

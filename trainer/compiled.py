@@ -35,8 +35,8 @@ _OF_THE_UPDATE = ("update", "logprobs", "reference_logprobs")  # read nothing of
 # They count and say; no program is made of them.
 PLANNING = frozenset(
     {
-        "budget.py", "choices.py", "contiguity.py", "estimate.py", "fit.py", "ledger.py",
-        "phases.py", "plan.py", "records.py", "remedies.py", "timemodel.py",
+        "budget.py", "calibration.py", "choices.py", "contiguity.py", "estimate.py", "fit.py",
+        "ledger.py", "phases.py", "plan.py", "records.py", "remedies.py", "timemodel.py",
     }
 )  # fmt: skip
 

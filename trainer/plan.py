@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.accelerators import ACCELERATORS
+from jobs.calibration import read_calibration
 from jobs.contradictions import contradictions
 from jobs.records import PLAN_FILE, Advice, MemoryPlan, gib
 from jobs.spec import Job
 from trainer.architecture import ARCHITECTURES, Architecture
 from trainer.budget import EngineBuild
+from trainer.calibration import calibrated
 from trainer.compiled import Programs, TooLongError, compile_program
 from trainer.estimate import Program, estimate
 from trainer.ledger import check_target, ledger, programs_of
@@ -93,6 +95,13 @@ def _planned(job: Job, architecture: Architecture, options: Options, memory: Mem
     programs = {name: memory(job, architecture, name) for name in programs_of(job, architecture)}
     made = ledger(job, architecture, programs, build=options.build)
     more: dict[str, Any] = {"versions": versions()}
+    measured = read_calibration(
+        Path(job.cache_dir),
+        accelerator=job.accelerator,
+        libtpu=more["versions"].get("libtpu", "none"),
+    )
+    if measured is not None:
+        made = calibrated(made, measured)
     if made.verdict != "engine_refused":
         more["step"] = step_model(job, architecture, build=options.build).parts()
         more["assumptions"] = [*made.assumptions, NOTE]
