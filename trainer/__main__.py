@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
-from jobs.records import FAILURE_FILE, Failure
+from jobs.records import FAILURE_FILE, JOB_FILE, Failure
 from jobs.spec import Job, JobError, load
-from trainer import libtpu
+from trainer import libtpu, redact
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
 
@@ -71,7 +72,9 @@ def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
             step=step,
             traceback=traceback.format_exc(),
         )
-        (run_dir / FAILURE_FILE).write_text(failure.model_dump_json(indent=2) + "\n")
+        text = failure.model_dump_json(indent=2) + "\n"
+        secrets = redact.redactor_of(run_dir / JOB_FILE, os.environ)
+        (run_dir / FAILURE_FILE).write_bytes(secrets.whole(text.encode()))
         raise
 
 
@@ -123,5 +126,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def start(argv: list[str]) -> int:
+    """`main`, in a process of its own where its output may hold secrets."""
+    secrets = redact.redactor_of(Path(argv[1]) if len(argv) > 1 else Path(), os.environ)
+    return redact.guarded(partial(main, argv), secrets) if secrets else main(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))
