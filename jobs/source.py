@@ -1,5 +1,6 @@
 """Where a job's values were written (YAML file, --set, the SOP's variables), and what they say."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ import yaml
 from jobs import sop
 
 MAX_FILE_BYTES = 2**20
+MAX_VALUES = 2**20
+"""As many as a file of that size can spell out without aliases."""
 
 
 class _NoValue:
@@ -46,10 +49,19 @@ class Problem:
         """One line: origin, key, value, text."""
         where = f"{self.origin}: " if self.origin else ""
         if isinstance(self.value, _NoValue):
-            return f"{where}{self.text}"
+            return _one_line(f"{where}{self.text}")
         shown = str(self.value)
         shown = shown if len(shown) <= 120 else f"{shown[:117]}..."
-        return f"{where}{self.key} = {shown} {self.text}"
+        return _one_line(f"{where}{self.key} = {shown} {self.text}")
+
+
+def _one_line(text: str) -> str:
+    r"""The text with what is no character of a line spelled out: what was found may hold anything.
+
+    >>> _one_line("a\nb\x1b[31m")
+    'a\\nb\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,32 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _read_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none, or too much to be meant.
+    """
+    value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    if _values_of(value, {}) > MAX_VALUES:
+        raise yaml.YAMLError(f"its aliases (*name) spell out more than {MAX_VALUES} values")
+    return value
+
+
+def _values_of(value: object, known: dict[int, int]) -> int:
+    """How many values a tree spells out; a part that stands in many places is counted once."""
+    if isinstance(value, dict):
+        parts = list(cast("dict[object, object]", value).values())
+    elif isinstance(value, list):
+        parts = cast("list[object]", value)
+    else:
+        return 1
+    key = id(cast("object", value))
+    if key not in known:
+        known[key] = 1 + sum(_values_of(part, known) for part in parts)
+    return known[key]
+
+
 def read_sources(
     path: Path, *, overrides: Sequence[str], environment: Mapping[str, str] | None
 ) -> Source:
@@ -139,13 +177,16 @@ def parse_file(path: Path) -> dict[str, Any] | Problem:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             return refuse(f"is larger than {MAX_FILE_BYTES} bytes: not a job file")
-        tree: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        text = path.read_text(encoding="utf-8")
+        # job.json is no YAML: JSON spells characters beyond 16 bits as two, which YAML leaves so.
+        tree: Any = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
     except FileNotFoundError:
         return refuse("there is no such file; the jobs that come along are in jobs/")
     except (OSError, UnicodeDecodeError) as error:
         return refuse(f"cannot be read: {error}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        return refuse(f"is not YAML: {' '.join(str(error).split())}")
+        form = "JSON" if path.suffix == ".json" else "YAML"
+        return refuse(f"is not {form}: {' '.join(str(error).split())}")
     if not isinstance(tree, dict):
         return refuse(f"holds {type(tree).__name__}, not keys and values: begin with 'name: ...'")
     return cast("dict[str, Any]", tree)
@@ -192,7 +233,7 @@ def _read_override(override: str, source: Source) -> None:
         source.problems.append(Problem("", NO_VALUE, problem, origin=origin))
         return
     try:
-        value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = _read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if isinstance(value, dict):

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +98,12 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.strip()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Marks what uses these fixtures, and gives it the time that the first of them needs.
 
     Side by side (pytest -n 2 --dist loadgroup) a file stays in one process, and so does all that
-    Docker runs: there is one engine.
+    Docker runs, as there is one engine: it takes longest, so it begins first.
     """
     for item in items:
         if {"docker_engine", "headroom_image"} & set(getattr(item, "fixturenames", ())):
@@ -111,6 +111,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
         group = "docker" if item.get_closest_marker("docker") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+    yield
+    items.sort(key=lambda item: item.get_closest_marker("docker") is None)
 
 
 @pytest.fixture(scope="session")
