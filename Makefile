@@ -1,6 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema plan-table clean
+.PHONY: help setup smoke test test-deploy check audit format image deploy logs lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -26,7 +26,7 @@ smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/sm
 	$(if $(HOST),$(PLAY) smoke.yml $(if $(filter file,$(origin JOB)),,-e 'run_job_file=$(JOB)') $(ARGS),.venv/bin/headroom run $(JOB) --where process $(ARGS))
 
 test: check ## Check, then run all tests; ARGS="-k reward"
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
 	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)
@@ -40,6 +40,10 @@ check: setup ## Lint, format, types, imports, spelling, YAML, Dockerfile, shell
 	.venv/bin/yamllint --strict .
 	.venv/bin/hadolint docker/Dockerfile
 	.venv/bin/shellcheck docker/*.sh tests/*.sh .ci/run
+	@.venv/bin/python docker/audit.py
+
+audit: setup ## Tell which locked packages have known vulnerabilities (part of check; never fails)
+	.venv/bin/python docker/audit.py
 
 format: setup ## Format the code and mend what ruff can
 	.venv/bin/ruff format .

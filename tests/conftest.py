@@ -14,6 +14,7 @@ for name, value in {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes of tests may compile for TPU at once
 }.items():
     os.environ.setdefault(name, value)  # noqa: TID251
 

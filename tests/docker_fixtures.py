@@ -8,17 +8,22 @@ import fcntl
 import hashlib
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINE_DIR = REPOSITORY / ".cache" / "engine"
 CANNOT = 3
 """Exit status by which both scripts say that this machine does not allow it."""
+
+INTEGRATION = "_integration.py"
+"""How files of tests end that have an engine, or other machines, to themselves."""
 
 BUILD_TIMEOUT_S = 900
 """debootstrap and a cold build take 2 to 3 minutes on 2 quiet cores."""
@@ -98,21 +103,31 @@ def outcome(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.strip()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Marks what uses these fixtures, and gives it the time that the first of them needs.
-
-    Side by side (pytest -n 2 --dist loadgroup) a file stays in one process, and so does all that
-    Docker runs, as there is one engine: it takes longest, so it begins first.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what uses these fixtures, and gives it the time that the first of them needs."""
     for item in items:
         if {"docker_engine", "headroom_image"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.docker)
             item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
-        group = "docker" if item.get_closest_marker("docker") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    yield
-    items.sort(key=lambda item: item.get_closest_marker("docker") is None)
+    # They take longest, and one after the other: see `Together`.
+    items.sort(key=lambda item: not item.path.name.endswith(INTEGRATION))
+
+
+class Together(LoadFileScheduling):
+    """Side by side (pytest -n 2) a file stays in one process, and so do all integration tests.
+
+    They share one engine, one /sys/fs/cgroup and one table of mounts.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return INTEGRATION if file.endswith(INTEGRATION) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    """What hands the tests to the processes."""
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
