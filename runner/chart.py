@@ -146,7 +146,7 @@ def _ledger(axes: Any, plan: MemoryPlan, colour: Callable[[str], str]) -> None:
     from matplotlib.path import Path  # noqa: PLC0415
 
     usable = plan.usable_bytes / _GIB
-    wide = 1.14 * max(usable, plan.peak_bytes / _GIB)
+    wide = 1.2 * max(usable, plan.peak_bytes / _GIB)
     axes.set(xlim=(0, wide), ylim=(len(plan.phases) - 0.45, -0.55))
     _lines(axes, "x", 7, colour)
     pieces: dict[str, list[Path]] = {}
@@ -158,7 +158,7 @@ def _ledger(axes: Any, plan: MemoryPlan, colour: Callable[[str], str]) -> None:
             if size:
                 pieces.setdefault(kind(owner), []).append(Path([*corners, corners[0]], closed=True))
             left = right
-        axes.text(left + wide / 90, at, f"{left:.2f}", va="center", color=colour("ink"))
+        axes.text(wide, at, f"{left:.2f}", va="center", ha="right", color=colour("ink"))
         axes.text(
             -wide / 60, at, _plain(hyphened(phase)), va="center", ha="right",
             color=colour("muted"), parse_math=False,
@@ -180,9 +180,7 @@ def _frame(axes: Any, *, title: str, numbered: bool = False) -> None:
     """A panel over the steps: its title, a faint grid, and the steps' numbers under the last."""
     _lines(axes, "y", 3, _named)
     _lines(axes, "x", 6, _named, numbered=numbered)
-    left, right = axes.get_xlim()
-    axes.text(left, 1.05, title, color=_named("ink"), transform=axes.get_xaxis_transform())
-    axes.set_xlim(left, right)
+    axes.text(0, 1.05, title, color=_named("ink"), transform=axes.transAxes)
 
 
 def _lines(
@@ -193,15 +191,14 @@ def _lines(
     from matplotlib.ticker import MaxNLocator, ScalarFormatter  # noqa: PLC0415
 
     axes.set_axis_off()
-    axis, limits = (axes.xaxis, axes.get_xlim()) if way == "x" else (axes.yaxis, axes.get_ylim())
-    low, high = min(limits), max(limits)
+    limits = {"x": axes.get_xlim(), "y": axes.get_ylim()}
+    low, high = sorted(limits[way])
     locator = MaxNLocator(most, integer=way == "x", steps=[1, 2, 5, 10])
     at = [value for value in locator.tick_values(low, high) if low <= value <= high]
     over = axes.vlines if way == "x" else axes.hlines
-    across = axes.get_ylim() if way == "x" else axes.get_xlim()
-    over(at, *across, color=colour("grid"), linewidth=0.7, zorder=0)
+    over(at, *limits["y" if way == "x" else "x"], color=colour("grid"), linewidth=0.7, zorder=0)
     formatter = ScalarFormatter(useOffset=False)
-    formatter.set_axis(axis)
+    formatter.set_axis(axes.xaxis if way == "x" else axes.yaxis)
     named = zip(at, formatter.format_ticks(at), strict=True) if numbered else ()
     for value, text in named:
         place = {"x": (value, -0.05), "y": (-0.015, value)}[way]
@@ -210,7 +207,7 @@ def _lines(
             *place, text, ha=align[0], va=align[1], color=colour("muted"),
             transform=axes.get_xaxis_transform() if way == "x" else axes.get_yaxis_transform(),
         )  # fmt: skip
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    axes.set(xlim=limits["x"], ylim=limits["y"])  # lines widen them
 
 
 def _on_paper(name: str) -> str:

@@ -201,8 +201,10 @@ def _template(name: str) -> jinja2.Template:
     filters: dict[str, Callable[..., Any]] = {
         "gib": gib, "number": _number, "signed": _signed, "text": _text, "share": _share,
         "verdict": verdict, "against_plan": against_plan, "kind": chart.kind,
-        "hyphened": chart.hyphened, "ending": ending_text, "when": when, "arithmetic": arithmetic, "told": _told,
+        "hyphened": chart.hyphened, "ending": ending_text, "when": when,
+        "arithmetic": arithmetic, "told": _told,
         "reason": plan_table.reason, "doubt": plan_table.doubt, "step_line": plan_table.step_line,
+        "sentence": _sentence,
         "plan_svg": _plan_svg, "steps_svg": _steps_svg,
         "ledger": _ledger, "some_steps": _some_steps, "phases": _phases,
     }  # fmt: skip
@@ -248,7 +250,7 @@ def _phases(steps: Sequence[StepRecord]) -> list[str]:
 
 def _number(size_bytes: int | None) -> str:
     """GiB without the unit, for a column that has it in its head; nothing where there is none."""
-    return "" if size_bytes is None else f"{size_bytes / _GIB:.3f}"
+    return "" if size_bytes is None else f"{size_bytes / _GIB:.3f}".replace("-", "\u2212")
 
 
 def _signed(size_bytes: int, digits: int = 2) -> str:
@@ -258,6 +260,10 @@ def _signed(size_bytes: int, digits: int = 2) -> str:
     ('\u22121.00', '+0.50')
     """
     return f"{size_bytes / _GIB:+.{digits}f}".replace("-", "\u2212")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _share(part: int, whole: int) -> str:

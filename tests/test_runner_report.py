@@ -191,7 +191,7 @@ def test_a_plan_s_table_has_every_owner_in_every_phase_and_their_sums(page, made
     head, *lines = table.rows()
     phases = list(row.plan.phases)
     assert [name.replace("-", "_") for name in head[1:]] == phases
-    told = {line[0]: line[1:] for line in lines}
+    told = {line[0]: [one.replace("\u2212", "-") for one in line[1:]] for line in lines}
     for at, (phase, owners) in enumerate(row.plan.phases.items()):
         for owner, size in owners.items():
             if any(others.get(owner) for others in row.plan.phases.values()):
