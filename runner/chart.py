@@ -31,6 +31,7 @@ COLOURS = {
 }
 # What an owner's or a phase's name contains -> its colour. The first that is found counts.
 _KINDS = {
+    "outputs": "other",
     "temporaries": "temporaries",
     "code": "code",
     "accumulators": "accumulators",
@@ -43,6 +44,7 @@ _KINDS = {
     "hand_over": "parameters",
     "reward": "kv",
 }
+_LEGEND = {"engine": "engine weights", "kv": "KV pool"}  # where the colour's name is not enough
 _WIDTH = 5.0  # inches, 72 units of an SVG each: text stays legible on a telephone
 _POINTS = 100  # of a line; more are averaged
 _SVG = "http://www.w3.org/2000/svg"
@@ -166,8 +168,8 @@ def _ledger(axes: Any, plan: MemoryPlan, colour: Callable[[str], str]) -> None:
     for what, paths in pieces.items():
         axes.add_artist(
             PathPatch(
-                Path.make_compound_path(*paths), facecolor=colour(what), label=what,
-                edgecolor=colour("paper"), linewidth=0.6,
+                Path.make_compound_path(*paths), facecolor=colour(what),
+                edgecolor=colour("paper"), linewidth=0.6, label=_LEGEND.get(what, what),
             )
         )  # fmt: skip
     axes.vlines(usable, *axes.get_ylim(), color=colour("limit"), linewidth=1.4)

@@ -71,6 +71,7 @@ _INFERRED = "by a neighbour's plan: memory grows along the axis"
 _LEGEND = (
     *(_RUN_FITS, _OUT_OF_HBM, _FAILED, _RUNS["lost"]),
     *(_PLANNED["fits"], _PLANNED["does_not_load"]),
+    Verdict("inferred-fits", "inferred", "fits", _INFERRED),
     Verdict("inferred-out", "inferred", "does not fit", _INFERRED),
     *(_PLANNED["failed"], _SKIPPED, _OPEN),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from docker_fixtures import REPOSITORY, script
+from docker_fixtures import BUILD_TIMEOUT_S, REPOSITORY, script
 from playwright.sync_api import Browser, Page, sync_playwright
 from pypdf import PdfReader
 from sweeps import sweep
@@ -17,6 +17,7 @@ from sweeps import sweep
 from runner.report import write_run, write_sweep
 from runner.sweep_row import Sweep
 
+pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S)  # the first of them may install Chromium
 LIMIT_MS = 60_000  # of one action of the browser, on a machine that others use too
 INTERACTIVE_MS = 1000
 ENOUGH = 4.5  # WCAG 2.2, 1.4.3: of text against what is behind it
