@@ -18,6 +18,7 @@ from runner.terminal import (
     Refused,
     console,
     json_option,
+    picture_errors,
     print_diagnosis,
     print_json,
     raw,
@@ -61,19 +62,26 @@ def main() -> None:
 
 @main.command()
 @run_name
+@click.option("--html", type=click.Path(path_type=Path), help="Write it as one page, too.")
 @runs_option
 @json_option
-def show(*, name: str, runs: Path, as_json: bool) -> None:
+def show(*, name: str, html: Path | None, runs: Path, as_json: bool) -> None:
     """Show a run: what ran, its steps, how it ended.
 
     RUN: a name, its beginning, the path of a run directory, or latest.
 
     \b
     headroom show latest
+    headroom show latest --html run.html
     """
     from runner import show as shown
 
     found, manifest = settled(runs, name)
+    if html is not None:
+        from runner import report, run_row
+
+        with picture_errors():
+            report.write_run(run_row.row_of(found, manifest), html)
     data = shown.as_data(found, manifest)
     if as_json:
         print_json(data)
@@ -228,7 +236,7 @@ def calibrate(*, name: str, cache_dir: Path | None, runs: Path, as_json: bool) -
     from runner import show as shown
 
     found, manifest = settled(runs, name)
-    plan = measured.plan_of(found)
+    plan = measured.plan_of(found, manifest)
     rows = measured.compare(plan, found, conclude.diagnosis_of(found)) if plan is not None else []
     cache_dir = cache_dir or Path(DEFAULT_CACHE_DIR).expanduser()
     kept = conclude.keep_calibration(found, manifest, cache_dir)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - `headroom --help` must not wait for Docker's client and the like
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from runner.terminal import (
-    Refused,
     World,
     console,
     json_option,
     load_job,
     pass_world,
+    picture_errors,
     planner_errors,
     print_json,
     say,
@@ -89,7 +90,10 @@ def plan(  # noqa: PLR0913 - click hands in each option by its name
     with planner_errors(), Interrupts() as interrupts:
         plans = planning.plan(job, asked, say=say, interrupts=interrupts, trainer=world.program())
     _show(plans, as_json=as_json, what_if=asked.what_if)
-    _draw(plans[0], png=png, html=html)
+    sets = [f"--set={one}" for one in (*overrides, *own)]
+    sets += ["--from-env"] * from_env + ["--quick"] * quick
+    sets += [f"--engine-weights={engine_weights}"] if engine_weights != "sharded" else []
+    _draw(plans[0], png=png, html=html, job_file=job_file, sets=sets)
     fits = any(one.verdict == "fits" for one in plans)
     sys.exit(0 if fits else planning.DOES_NOT_FIT)
 
@@ -106,13 +110,16 @@ def _show(plans: "list[MemoryPlan]", *, as_json: bool, what_if: bool) -> None:
         plan_table.print_plan(plans[0], console())
 
 
-def _draw(plan: "MemoryPlan", *, png: Path | None, html: Path | None) -> None:
-    from runner import plan_chart
+def _draw(
+    plan: "MemoryPlan", *, png: Path | None, html: Path | None, job_file: Path, sets: list[str]
+) -> None:
+    from runner import chart, report
+    from runner.archive import write_whole
 
-    try:
+    with picture_errors():
         if png is not None:
-            plan_chart.write_png(plan, png)
+            write_whole(png, chart.plan_png(plan))
         if html is not None:
-            plan_chart.write_html(plan, html)
-    except (plan_chart.NoPicturesError, OSError) as error:
-        raise Refused(str(error)) from error
+            command = shlex.join(["headroom", "plan", str(job_file), *sets])
+            row = report.planned_row(plan, job_file=str(job_file), command=command)
+            report.write_run(row, html)

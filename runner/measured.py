@@ -37,13 +37,13 @@ def samples_of(run: RunDir) -> list[HbmSample]:
     return found
 
 
-def plan_of(run: RunDir) -> MemoryPlan | None:
+def plan_of(run: RunDir, manifest: Manifest) -> MemoryPlan | None:
     """The plan in a run's directory, where it is one of the run's own job."""
     try:
         plan = MemoryPlan.model_validate(run.read_json(run.path / PLAN_FILE))
     except ValidationError:
         return None
-    return plan if plan.job_sha256 == run.manifest().job_sha256 else None
+    return plan if plan.job_sha256 == manifest.job_sha256 else None
 
 
 def compare(plan: MemoryPlan, run: RunDir, diagnosis: Diagnosis | None) -> list[Measured]:
@@ -94,14 +94,14 @@ def _said(plan: MemoryPlan, run: RunDir, diagnosis: Diagnosis | None) -> list[Me
     name = str(diagnosis.numbers.get("program", ""))
     if not _UPDATE.search(name):  # the log's name is that of the function that was compiled
         return []
-    update, numbers = plan.programs["update"], diagnosis.numbers
-    told = {"free_bytes": ("free", update.free_bytes_at_load),
-            "requested_bytes": ("wanted", update.reserved_bytes)}  # fmt: skip
-    return [
-        _measured(f"{word} when {name} was loaded", planned, int(value))
-        for key, (word, planned) in told.items()
-        if isinstance(value := numbers.get(key), int | float)
-    ]
+    update, found = plan.programs["update"], list[Measured]()
+    free, wanted = (diagnosis.numbers.get(key) for key in ("free_bytes", "requested_bytes"))
+    if isinstance(free, int | float):
+        planned, told = (plan.usable_bytes - b for b in (update.free_bytes_at_load, int(free)))
+        found.append(_measured(f"in use when {name} was loaded", planned, told))
+    if isinstance(wanted, int | float):
+        found.append(_measured(f"temporaries of {name}", update.reserved_bytes, int(wanted)))
+    return found
 
 
 def _measured(what: str, planned: int, measured: int) -> Measured:
@@ -117,7 +117,7 @@ def calibration(run: RunDir, manifest: Manifest) -> Calibration | None:
         return None
     first = samples[0]
     free = (limit - used for limit, used in zip(first.limit_bytes, first.in_use_bytes, strict=True))
-    plan = plan_of(run)
+    plan = plan_of(run, manifest)
     beyond = None
     if plan is not None:
         beyond = next(

@@ -127,8 +127,8 @@ def _print_facts(manifest: Manifest, data: dict[str, Any], console: Console) -> 
         "commit": commit + (" with changes" if manifest.dirty else ""),
         "where": manifest.where + (f" {manifest.image}" if manifest.image else ""),
         "host": f"{manifest.host.get('name', '?')}, {manifest.host.get('cpus', '?')} CPUs",
-        "started": _when(manifest.started),
-        "finished": _when(manifest.finished),
+        "started": when(manifest.started),
+        "finished": when(manifest.finished),
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
@@ -172,12 +172,13 @@ def print_list(manifests: Iterable[Manifest], console: Console) -> None:
     for column in ("run", "status", "where", "started", "finished"):
         table.add_column(column, overflow="fold")
     for m in manifests:
-        cells = (m.run, ending_text(m), m.where, _when(m.started), _when(m.finished))
+        cells = (m.run, ending_text(m), m.where, when(m.started), when(m.finished))
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
 
 
-def _when(iso: str | None) -> str:
+def when(iso: str | None) -> str:
+    """A moment of a manifest for people, in UTC."""
     if iso is None:
         return "-"
     try:

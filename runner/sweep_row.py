@@ -11,7 +11,7 @@ class Measured(Record):
     """The same bytes of one chip, as they were planned and as the chips said.
 
     Attributes:
-        what: whose, in words: "in use before the update", "free when jit_training_step was loaded".
+        what: whose, in words: "in use before update", "temporaries of jit_training_step".
         planned_bytes: by the plan.
         measured_bytes: by the runtime: a sample of hbm.jsonl, or a number of the log's.
     """

@@ -94,6 +94,17 @@ def planner_errors() -> Generator[None]:
         sys.exit(128 + error.number)
 
 
+@contextmanager
+def picture_errors() -> Generator[None]:
+    """Pages and pictures that cannot be drawn or written are refused."""
+    from runner.chart import NoPicturesError
+
+    try:
+        yield
+    except (NoPicturesError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
 def say(text: str) -> None:
     """A line for the person, on stderr."""
     click.echo(f"headroom: {text}", err=True)

@@ -50,12 +50,16 @@ install_missing() {
   [ -n "$(missing)" ] || return 0
   [ "${CI:-}" = true ] || cannot "$(missing)not installed (apt-get install docker.io iptables iproute2; done by itself under CI=true)"
   command -v apt-get >/dev/null || cannot "$(missing)not installed, and no apt-get to install them with"
+  # One apt-get at a time on a machine: tests/chromium.sh may run in the tests' other process.
+  exec 8>/run/headroom-apt.lock
+  flock 8
   export DEBIAN_FRONTEND=noninteractive
   {
     apt-get update -q
     apt-get install -y -q --no-install-recommends docker.io iptables iproute2 debootstrap busybox-static
   } >>"$dir/apt.log" 2>&1 || cannot "apt-get failed: $(tail -n 3 "$dir/apt.log")"
   [ -z "$(missing)" ] || cannot "apt-get did not bring $(missing)"
+  exec 8>&-
 }
 
 start() {
