@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+from jobs.aftermath import NOTICE_FILE
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner.archive import RunDir, write_whole
 from runner.diagnose import diagnose
+from runner.ending import with_notice
 
-# The others say themselves what they are: done, refused (the log has the reason), interrupted.
+# The others say themselves what they are: done, refused (the log has the reason), interrupted,
+# preempted.
 _UNEXPLAINED = ("failed", "oom_killed", "lost")
 
 
 def conclude(run: RunDir, status: ExitStatus) -> Manifest:
     """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
-    manifest = run.finish(status)
+    noticed = run.read_json(run.path / NOTICE_FILE) is not None
+    manifest = run.finish(with_notice(status, noticed=noticed))
     if status.reason in _UNEXPLAINED:
         found = explain(run, manifest)
         write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs.records import FAILURE_FILE, Failure
 from jobs.spec import Job, JobError, load
-from trainer import libtpu
+from trainer import libtpu, notice
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
 
@@ -44,6 +44,7 @@ def set_environment(job: Job) -> None:
 def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
     """Import what the verb needs, and do it. A failure is written down before it goes on."""
     set_environment(job)
+    notice.watch(job, run_dir, stops)
     phase, step = "import", -1
     try:
         import jax

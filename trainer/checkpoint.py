@@ -33,7 +33,7 @@ _RECORD, _STATE = "checkpoint.json", "state"
 # Keys of a job that may be others when it goes on: where it runs, what it tells and when it looks.
 _MAY_CHANGE = (
     "name", "cache_dir", "container", "metrics", "checkpoint", "evaluation", "eval_every_steps",
-    "engine",
+    "engine", "stuck_after_s",
 )  # fmt: skip
 _DECISIVE_OF_ENGINE = ("dtype", "kv_cache_dtype")  # they make the policy that is sampled from
 _PLACE = ("accelerator", "mesh")  # only 8-bit moments are laid out by it
