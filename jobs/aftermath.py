@@ -1,4 +1,4 @@
-"""What a run that ended badly leaves besides failure.json: why it was taken, what filled a chip.
+"""What is left when a run is over: why it was taken, what filled a chip, the model that came of it.
 
 `bad_batch.npz` (trainer/finite.py) is the one file of a run that is no JSON: the batch after which
 a loss was no number, for numpy.
@@ -11,6 +11,7 @@ from jobs.records import Record
 NOTICE_FILE = "notice.json"
 BLACK_BOX_FILE = "blackbox.json"
 BAD_BATCH_FILE = "bad_batch.npz"
+EXPORT_FILE = "export.json"
 
 
 class Notice(Record):
@@ -76,3 +77,25 @@ class BlackBox(Record):
     planned: dict[str, int]
     host_rss_bytes: int
     notes: list[str]
+
+
+class Export(Record):
+    """A Hugging Face folder that was made of a checkpoint: export.json, beside the job file.
+
+    Attributes:
+        folder: absolute.
+        checkpoint: the checkpoint's folder, absolute.
+        steps: that are in it.
+        model: that was trained.
+        dtype: in which the weights are stored.
+        weights_bytes: of all of them.
+        files: that hold them.
+    """
+
+    folder: str
+    checkpoint: str
+    steps: int
+    model: str
+    dtype: str
+    weights_bytes: int
+    files: list[str]

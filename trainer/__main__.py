@@ -17,8 +17,8 @@ from trainer import libtpu, notice
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
 
-VERBS = ("train", "evaluate", "plan", "fit")
-_PLANS = ("plan", "fit")
+VERBS = ("train", "evaluate", "plan", "fit", "export")
+_WITH_OPTIONS = ("plan", "fit", "export")  # no run: nothing is trained, no chip is touched
 USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json [options]"
 # 70 is EX_SOFTWARE: Python's own code for an uncaught exception is 1, which is a refusal here.
 REFUSED, WRONG_USAGE, FAILED = 1, 2, 70
@@ -89,6 +89,15 @@ def plan(verb: str, job: Job, folder: Path, argv: list[str]) -> int:
     return planning.main(job, folder, planning.options_of(argv))
 
 
+def export(job: Job, folder: Path, argv: list[str]) -> int:
+    """A checkpoint's weights as a Hugging Face folder."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from trainer import export as exporting
+
+    return exporting.main(job, folder, exporting.options_of(argv))
+
+
 def _refuse(lines: str) -> int:
     for line in lines.splitlines():
         log.error("Error: %s", line)
@@ -102,7 +111,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     options = len(argv) > len(("verb", "job"))
     known = len(argv) >= len(("verb", "job")) and argv[0] in VERBS
-    if not known or (options and argv[0] not in _PLANS):
+    if not known or (options and argv[0] not in _WITH_OPTIONS):
         log.error("%s", USAGE)
         return WRONG_USAGE
     stops = Stops()
@@ -110,7 +119,9 @@ def main(argv: list[str]) -> int:
         signal.signal(number, stops)
     path = Path(argv[1])
     try:
-        if argv[0] in _PLANS:
+        if argv[0] == "export":
+            return export(load(path), path.parent, argv[2:])
+        if argv[0] in _WITH_OPTIONS:
             return plan(argv[0], load(path), path.parent, argv[2:])
         run(argv[0], load(path), path.parent, stops)
     except (JobError, Refusal) as error:

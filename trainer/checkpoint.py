@@ -129,16 +129,26 @@ def restore(job: Job, abstract: Any) -> tuple[Any, int]:
         raise CheckpointError(
             f"{folder} has {record.steps} steps in it, and steps = {job.steps}: ask for more"
         )
+    check_files(folder, record)
+    with ocp.StandardCheckpointer() as loader:
+        state = loader.restore(folder / _STATE, abstract)
+    log.info("resumed from %s: %d steps are done", folder, record.steps)
+    return jax.block_until_ready(state), record.steps
+
+
+def check_files(folder: Path, record: Record) -> Path:
+    """The folder of a checkpoint's state, once every file of it is what was saved.
+
+    Raises:
+        CheckpointError: one is not.
+    """
     if (found := _checksums(folder / _STATE)) != record.files:
         wrong = sorted(name for name, _ in found.items() ^ record.files.items())
         raise CheckpointError(
             f"{folder}: {wrong[0]} is not what was saved ({len(set(wrong))} files differ): it was "
             f"damaged; {_instead(folder)}"
         )
-    with ocp.StandardCheckpointer() as loader:
-        state = loader.restore(folder / _STATE, abstract)
-    log.info("resumed from %s: %d steps are done", folder, record.steps)
-    return jax.block_until_ready(state), record.steps
+    return folder / _STATE
 
 
 def read_record(folder: Path) -> Record:

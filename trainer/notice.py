@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from jobs.aftermath import NOTICE_FILE, Notice
 from jobs.spec import Job
+from trainer.files import write_record
 from trainer.stop import Stops
 
 log = logging.getLogger(__name__)
@@ -56,20 +57,13 @@ def watch(job: Job, run_dir: Path, stops: Stops) -> None:
         record = Notice(key=key, value=value, seen=datetime.now(UTC).isoformat())
         stops.notice(
             f"preemption notice: {key} = {value}",
-            lambda: write(run_dir / NOTICE_FILE, record.model_dump_json(indent=2) + "\n"),
+            lambda: write_record(run_dir / NOTICE_FILE, record.model_dump_json(indent=2)),
         )
 
     for key, end in ENDS.items():
         threading.Thread(
             target=follow, args=(server, key, end, told), name=f"notice {key}", daemon=True
         ).start()
-
-
-def write(path: Path, text: str) -> None:
-    """A small record, seen whole or not at all."""
-    beside = path.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def follow(
