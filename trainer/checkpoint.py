@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.records import CHECKPOINTS, gib
 from jobs.spec import Job
+from trainer.finite import LossError, not_finite
 from trainer.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -81,11 +82,25 @@ class Checkpoints:
 
     def save_last(self, state: Any, steps: int) -> None:
         """Save before the process ends, where checkpoints are wanted and this one is not there."""
-        if self._job.checkpoint.every_steps and steps not in (0, self._newest):
+        if not self._job.checkpoint.every_steps or steps in (0, self._newest):
+            return
+        try:
             self.save(state, steps)
+        except LossError as error:  # it ends as it was asked to, with what was good
+            log.warning("%s", error)
 
     def save(self, state: Any, steps: int) -> None:
-        """Save the state after so many steps, then remove what is older than the job keeps."""
+        """Save the state after so many steps, then remove what is older than the job keeps.
+
+        Raises:
+            LossError: it is not finite, and nothing is saved or removed.
+        """
+        if (bad := not_finite(state)) is not None:
+            raise LossError(
+                f"after {steps} steps {bad} of the state is not finite: it is not saved, and the "
+                "checkpoint before it stays the newest; lower train.learning_rate, or start from "
+                "weights that are finite"
+            )
         began = time.monotonic()
         self._folder.mkdir(exist_ok=True)
         made = self._folder / f"step_{steps:06d}"

@@ -1,7 +1,6 @@
 """The training loop, top to bottom: rollout, reward, advantages, update, hand-over, record."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from trainer.axes import LEAF_AXES
 from trainer.checkpoint import Checkpoints, restore
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
+from trainer.finite import check_learned
 from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 
 class PlatformError(Refusal):
     """JAX runs on something else than the job's accelerator."""
-
-
-class LossError(FloatingPointError):
-    """A loss or gradient norm is NaN or infinite; the state has already taken the update."""
 
 
 @dataclass
@@ -149,7 +145,7 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
         stops: takes the process's signals; None: none are looked for.
 
     Raises:
-        LossError: a loss or gradient norm is NaN or infinite.
+        LossError: a loss, a gradient norm, or the state that was to be saved is not finite.
         CheckpointError: the checkpoint to go on from is not whole, or another job's.
         Stopped: a signal came; where checkpoints are wanted, the last whole step is saved.
     """
@@ -341,13 +337,17 @@ def learn(
             weights = weights * np.asarray(truncated_importance(old, engine, cap=correction))
         batch = replace(batch, old_logprobs=old, weights=weights)
     learned: list[Learned] = []
-    for _ in range(job.train.updates_per_rollout):
+    phases = session.phases
+    for number in range(job.train.updates_per_rollout):
         state, said = update.step(state, batch)
-        if not (math.isfinite(said.loss) and math.isfinite(said.grad_norm)):
-            raise LossError(
-                f"loss = {said.loss}, gradient norm = {said.grad_norm}: the update is not finite; "
-                "lower train.learning_rate, or start from weights that are finite"
-            )
+        check_learned(
+            said,
+            batch=batch,
+            rolled=rolled,
+            run_dir=phases.run_dir,
+            step=phases.step,
+            update=number,
+        )
         learned.append(said)
     return state, learned
 
