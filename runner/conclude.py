@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from jobs.aftermath import NOTICE_FILE
+from jobs.aftermath import BLACK_BOX_FILE, NOTICE_FILE
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner.archive import RunDir, write_whole
+from runner.blackbox import in_a_line
 from runner.diagnose import diagnose
 from runner.ending import with_notice
 
@@ -38,6 +39,8 @@ def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
             exit_status=manifest.exit_status,
             **beside(run.path),
         )
+    if (held := in_a_line(run.read_json(run.path / BLACK_BOX_FILE))) is not None:
+        found = found.model_copy(update={"advice": [held, *found.advice]})
     refused = manifest.exit_status is not None and manifest.exit_status.reason == "refused"
     if found.cause != "unknown" or not (refused and (said := run.refusals())):
         return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from jobs.records import FAILURE_FILE, Failure
 from jobs.spec import Job, JobError, load
 from trainer import libtpu, notice
+from trainer.hang import watchdog
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
 
@@ -45,21 +46,27 @@ def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
     """Import what the verb needs, and do it. A failure is written down before it goes on."""
     set_environment(job)
     notice.watch(job, run_dir, stops)
+    alive = watchdog(job.stuck_after_s)
+    alive()
     phase, step = "import", -1
     try:
         import jax
 
-        from trainer import metrics, train
+        from trainer import blackbox, metrics, train
 
         jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
-        phases = train.Phases(run_dir)
+        phases = train.Phases(run_dir, alive)
         try:
             if verb == "train":
                 train.train(job, run_dir, phases, stops)
             else:
                 train.evaluate_only(job, run_dir, phases)
+        except Exception as error:
+            if blackbox.is_of_memory(error):
+                blackbox.write(job, run_dir, error, where=phases)
+            raise
         finally:
             phase, step = phases.phase, phases.step
     except Stopped:

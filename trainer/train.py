@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
@@ -41,20 +41,30 @@ class PlatformError(Refusal):
 
 @dataclass
 class Phases:
-    """Where a step's time goes, and which phase is under way."""
+    """Where a step's time goes, and which phase is under way.
+
+    Attributes:
+        run_dir: where samples of HBM go.
+        alive: is told whenever something has gone on (trainer/hang.py).
+        holds: what the loop has on the devices, by owner, for trainer/blackbox.py.
+    """
 
     run_dir: FilePath
+    alive: Callable[[], None] = lambda: None
     step: int = -1
     phase: str = "load"
     seconds: dict[str, float] = field(default_factory=dict)
+    holds: Callable[[], Mapping[str, Any]] = dict
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a phase, with HBM sampled before it begins."""
         self.phase = phase
+        self.alive()
         hbm.sample(self.run_dir, step=self.step, phase=phase)
         began = time.monotonic()
         yield
+        self.alive()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
 
@@ -159,6 +169,11 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
     with Metrics(job, run_dir) as metrics:
         state, reference, done = _first_state(session, update)
         checkpoints = Checkpoints(job, run_dir)
+        phases.holds = lambda: {
+            "state": state,
+            "reference policy": reference,
+            **session.rollout.held(),
+        }
         try:
             with phases("hand_over"):
                 session.rollout.hand_over(update.params(state))
@@ -180,10 +195,10 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
                 if job.eval_every_steps and done % job.eval_every_steps == 0:
                     metrics.write(_evaluate(session, tests, after_steps=done), step)
                 if checkpoints.due(done):
-                    with stops.held():
+                    with stops.held(), phases("checkpoint"):
                         checkpoints.save(state, done)
         except Stopped:
-            with stops.held():
+            with stops.held(), phases("checkpoint"):
                 checkpoints.save_last(state, done)
             raise
 
@@ -229,6 +244,7 @@ def _evaluate(session: Session, tests: list[Prompt], *, after_steps: int) -> Eva
             tests,
             session.model.tokenizer,
             after_steps=after_steps,
+            alive=session.phases.alive,
         )
 
 
