@@ -163,9 +163,7 @@ class ExitStatus(Record):
     code: int
     signal: str | None = None
     oom_killed: bool = False
-    reason: Literal[
-        "done", "refused", "failed", "interrupted", "preempted", "oom_killed", "lost"
-    ]
+    reason: Literal["done", "refused", "failed", "interrupted", "preempted", "oom_killed", "lost"]
 
 
 class Manifest(Record):

@@ -29,9 +29,7 @@ _LIMIT_S = 6 * 3600.0
 
 @click.command()
 @run_name
-@click.option(
-    "--to", required=True, type=click.Path(path_type=Path), help="The folder to make."
-)
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -345,6 +345,7 @@ def test_show_tells_what_ran_its_whole_steps_and_why_it_failed(tmp_path):
     data = json.loads(call(tmp_path, "show", "latest", "--json").stdout)
     assert set(data) == {
         "run", "path", "manifest", "job", "steps", "evaluations", "failure", "diagnosis",
+        "black_box", "notice",
     }  # fmt: skip
     assert data["steps"] == [STEP]
     assert data["evaluations"] == []

@@ -60,7 +60,9 @@ def test_a_run_that_runs_out_of_memory_leaves_who_held_it(tmp_path):
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
     """A job for two devices, its state and its sampler, as the loop has them."""
-    path = write(tmp_path_factory.mktemp("held"), accelerator="cpu-2", update={"design": "layer_major"})
+    path = write(
+        tmp_path_factory.mktemp("held"), accelerator="cpu-2", update={"design": "layer_major"}
+    )
     job = spec.load(path)
     model = open_model(job.model)
     mesh = make_mesh(job, jax.devices()[:2])
@@ -93,8 +95,8 @@ def test_bytes_are_those_of_the_fullest_chip(held):
     # The second has an array more, and half of everything else.
     assert made.device == str(jax.devices()[1])
     assert owners["mine"].size_bytes == 64 * 1024 * 4
-    splits = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Split))]
-    masters = [x for x in splits if isinstance(x, Split)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Split))
+    masters = [x for x in leaves if isinstance(x, Split)]
     assert owners["parameters hi"].size_bytes == on(made.device, [one.hi for one in masters])
     assert owners["parameters lo"].size_bytes == on(made.device, [one.lo for one in masters])
     assert owners["sampler weights"].size_bytes == on(made.device, rollout.weights)

@@ -1,4 +1,4 @@
-"""An exported folder has the checkpoint's weights, and other programs make the same logits of them."""
+"""An exported folder has the checkpoint's weights; other programs make the same logits of them."""
 
 import json
 from pathlib import Path
@@ -173,7 +173,7 @@ def test_a_model_through_checkpoint_and_export_has_the_logprobs_that_torch_gave_
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 def test_transformers_own_model_makes_the_same_logits_of_the_folder(tmp_path):
     # torch is not in this environment; transformers' Flax Llama is a program of its own as well.
-    from transformers import AutoTokenizer, FlaxLlamaForCausalLM, LlamaConfig
+    from transformers import AutoTokenizer, FlaxLlamaForCausalLM, LlamaConfig  # noqa: PLC0415
 
     weights = random_weights(CONFIG)
     job = run_of(tmp_path / "run", model_folder(tmp_path / "model", CONFIG, weights))

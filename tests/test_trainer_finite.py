@@ -11,7 +11,8 @@ from trainer.checkpoint import Checkpoints, read_record
 from trainer.finite import LossError, not_finite
 from trainer.mesh import make_mesh
 from trainer.rollout import Completions
-from trainer.train import Phases, Rolled, Session, learn, read_prompts
+from trainer.timing import Phases
+from trainer.train import Rolled, Session, learn, read_prompts
 from trainer.update.program import make_update
 from trainer.weights import load_params, open_model
 

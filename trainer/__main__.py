@@ -52,12 +52,12 @@ def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
     try:
         import jax
 
-        from trainer import blackbox, metrics, train
+        from trainer import blackbox, metrics, timing, train
 
         jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
-        phases = train.Phases(run_dir, alive)
+        phases = timing.Phases(run_dir, alive)
         try:
             if verb == "train":
                 train.train(job, run_dir, phases, stops)
@@ -105,6 +105,15 @@ def export(job: Job, folder: Path, argv: list[str]) -> int:
     return exporting.main(job, folder, exporting.options_of(argv))
 
 
+def _do(verb: str, job: Job, folder: Path, options: list[str], *, stops: Stops) -> int:
+    if verb == "export":
+        return export(job, folder, options)
+    if verb in _WITH_OPTIONS:
+        return plan(verb, job, folder, options)
+    run(verb, job, folder, stops)
+    return 0
+
+
 def _refuse(lines: str) -> int:
     for line in lines.splitlines():
         log.error("Error: %s", line)
@@ -126,11 +135,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, stops)
     path = Path(argv[1])
     try:
-        if argv[0] == "export":
-            return export(load(path), path.parent, argv[2:])
-        if argv[0] in _WITH_OPTIONS:
-            return plan(argv[0], load(path), path.parent, argv[2:])
-        run(argv[0], load(path), path.parent, stops)
+        return _do(argv[0], load(path), path.parent, argv[2:], stops=stops)
     except (JobError, Refusal) as error:
         return _refuse(str(error))
     except Stopped:
@@ -139,7 +144,6 @@ def main(argv: list[str]) -> int:
     except (Exception, SystemExit):  # noqa: BLE001
         traceback.print_exc()
         return FAILED
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Holds = Callable[[], Mapping[str, Any]]
 
 OTHER, BY_SHAPE = "other", "state (by shape)"
-_WORDS = ("RESOURCE_EXHAUSTED", "ut of memory", "nable to allocate", "ot enough memory")
+_WORDS = ("RESOURCE_EXHAUSTED", "ut of memory", "nable to allocate", "enough memory")
 _ERROR_CHARACTERS = 4000
 _KINDS = 3  # of arrays that are named, an owner
 _PHASES = {"reward": "rollout", "evaluation": "rollout", "checkpoint": "update", "end": "update"}
@@ -66,7 +66,9 @@ def write(job: Job, run_dir: Path, error: BaseException, *, where: Any) -> None:
     try:
         found = record(job, error, phase=where.phase, step=where.step, holds=where.holds)
         write_record(run_dir / BLACK_BOX_FILE, found.model_dump_json(indent=2))
-        log.info("black box: %s alive on %s: %s", gib(found.live_bytes), found.device, BLACK_BOX_FILE)
+        log.info(
+            "black box: %s alive on %s: %s", gib(found.live_bytes), found.device, BLACK_BOX_FILE
+        )
     except Exception as wrong:  # noqa: BLE001 - the error that is told must be the run's own
         log.warning("no black box: %s: %s", type(wrong).__name__, wrong)
 

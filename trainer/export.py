@@ -162,11 +162,9 @@ class _Arrays:
         """Whether there is something at a path below the parameters."""
         node: Any = self._tree
         for key in (*self.root, *path):
-            if isinstance(node, list) and isinstance(key, int) and key < len(node):
+            try:
                 node = node[key]
-            elif isinstance(node, dict) and key in node:
-                node = node[key]
-            else:
+            except (KeyError, IndexError, TypeError):
                 return False
         return True
 
@@ -212,7 +210,7 @@ def _tensors(
 def _leaf(
     arrays: _Arrays, path: Sequence[Any] | LeafPath, shape: tuple[int, ...], dtype: np.dtype
 ) -> Any:
-    """A parameter as the state has it: whole, or split; of a split one no more than `dtype` asks."""
+    """A parameter as the state has it, whole or split; of a split one what `dtype` asks for."""
     if not arrays.has((*path, "master", "hi")):
         leaf = arrays.read(path) if arrays.has(path) else None
     elif dtype == DTYPES["bfloat16"]:

@@ -38,7 +38,7 @@ class LossError(FloatingPointError):
     """A loss, a gradient norm or a saved array is NaN or infinite; the state is of no more use."""
 
 
-def check_learned(  # noqa: PLR0913 - all that is written down
+def check_learned(
     said: Learned, *, batch: Batch, rolled: "Rolled", run_dir: Path, step: int, update: int
 ) -> None:
     """Refuse an update that is not finite, with its batch in the run's directory.
@@ -49,7 +49,8 @@ def check_learned(  # noqa: PLR0913 - all that is written down
     if math.isfinite(said.loss) and math.isfinite(said.grad_norm):
         return
     file = run_dir / BAD_BATCH_FILE
-    np.savez_compressed(file, **contents(said, batch=batch, rolled=rolled, step=step, update=update))
+    arrays: dict[str, Any] = contents(said, batch=batch, rolled=rolled, step=step, update=update)
+    np.savez_compressed(file, **arrays)
     raise LossError(
         f"loss = {said.loss}, gradient norm = {said.grad_norm}: the update is not finite; its "
         f"batch is in {file}; lower train.learning_rate, or start from weights that are finite"

@@ -39,7 +39,7 @@ class Stops:
         raise Stopped(128 + number)
 
     def notice(self, text: str, note: Callable[[], None]) -> None:
-        """Stop as SIGTERM does, from any thread; a stop that was asked for before stays what it was.
+        """Stop as SIGTERM does, from any thread; one that was asked for before stays what it was.
 
         The signal goes to the main thread itself: it wakes what that waits for, and the handler
         runs there, between two instructions of Python, so that a stop by notice and one by signal

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,6 +27,7 @@ from trainer.refusal import Refusal
 from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
 from trainer.stop import Stopped, Stops
+from trainer.timing import Phases
 from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
 from trainer.weights import Model, load_params, open_model
@@ -37,35 +37,6 @@ log = logging.getLogger(__name__)
 
 class PlatformError(Refusal):
     """JAX runs on something else than the job's accelerator."""
-
-
-@dataclass
-class Phases:
-    """Where a step's time goes, and which phase is under way.
-
-    Attributes:
-        run_dir: where samples of HBM go.
-        alive: is told whenever something has gone on (trainer/hang.py).
-        holds: what the loop has on the devices, by owner, for trainer/blackbox.py.
-    """
-
-    run_dir: FilePath
-    alive: Callable[[], None] = lambda: None
-    step: int = -1
-    phase: str = "load"
-    seconds: dict[str, float] = field(default_factory=dict)
-    holds: Callable[[], Mapping[str, Any]] = dict
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase, with HBM sampled before it begins."""
-        self.phase = phase
-        self.alive()
-        hbm.sample(self.run_dir, step=self.step, phase=phase)
-        began = time.monotonic()
-        yield
-        self.alive()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
 
 @dataclass(kw_only=True)
