@@ -5,7 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from jobs.records import ExitStatus
 from runner.cli import main
+from runner.ending import with_notice
 from runner.terminal import World
 from tests.fakes import trainer, write_job
 
@@ -140,6 +142,26 @@ def test_no_more_preemptions_are_outlived_than_were_asked_for(tmp_path):
 def test_a_sigterm_without_a_notice_is_no_preemption(tmp_path):
     done, _ = waited(tmp_path, "raise SystemExit(143)", "--preemptions", "2", "--retries", "2")
     assert (done.exit_code, reasons(tmp_path)) == (143, ["interrupted"])
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (ExitStatus(code=143, reason="interrupted"), "preempted"),
+        # The VM's own SIGKILL, when its deadline is over.
+        (ExitStatus(code=137, signal="SIGKILL", reason="failed"), "preempted"),
+        (
+            ExitStatus(code=137, signal="SIGKILL", oom_killed=True, reason="oom_killed"),
+            "oom_killed",
+        ),
+        (ExitStatus(code=70, reason="failed"), "failed"),
+        (ExitStatus(code=0, reason="done"), "done"),
+    ],
+)
+def test_a_notice_explains_a_stop_and_nothing_else(status, reason):
+    assert with_notice(status, noticed=True).reason == reason
+    assert with_notice(status, noticed=False) == status
+    assert with_notice(status, noticed=True).code == status.code
 
 
 def test_a_machine_that_stops_us_too_is_not_gone_on_on(tmp_path):
