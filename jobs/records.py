@@ -161,13 +161,14 @@ class ExitStatus(Record):
         signal: name of the signal that ended it, "SIGKILL", else None.
         oom_killed: the kernel's OOM killer ended it (told by the container engine).
         reason: done: code 0; refused: bad job or unfit host; failed: any other code; interrupted:
-            somebody asked it to stop; oom_killed: host memory; lost: nobody saw it end.
+            somebody asked it to stop; preempted: the cloud did, by a notice (notice.json);
+            oom_killed: host memory; lost: nobody saw it end.
     """
 
     code: int
     signal: str | None = None
     oom_killed: bool = False
-    reason: Literal["done", "refused", "failed", "interrupted", "oom_killed", "lost"]
+    reason: Literal["done", "refused", "failed", "interrupted", "preempted", "oom_killed", "lost"]
 
 
 class Manifest(Record):

@@ -249,6 +249,8 @@ class Checkpoint(Part):
     """The newest so many; older ones are removed once a newer one is whole."""
     resume: LocalPath | None = None
     """Go on from this checkpoint's folder (headroom run --resume RUN)."""
+    notice: Annotated[str, Field(pattern=r"^(auto|never|http://.+)$")] = "auto"
+    """Stop, and save, when the cloud will take the VM. auto: on TPU; or another metadata server."""
 
 
 class Container(Part):
@@ -295,6 +297,8 @@ class Job(Part):
     """Put before each question; unset: ours, which asks for think and answer tags; "": none."""
     eval_every_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate after every so many steps; 0: never."""
+    stuck_after_s: Annotated[int, Field(ge=0)] = 3600
+    """Stop, with Python's stacks in the log, where no phase ends for so many seconds; 0: never."""
     cache_dir: LocalPath = DEFAULT_CACHE_DIR
     """Compiled programs, and the hub's files of containers; kept between runs."""
     data: Data = Data()

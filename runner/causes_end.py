@@ -23,6 +23,22 @@ CAUSES = (
         source="own runs",
     ),
     Cause(
+        id="trainer_hang",
+        depth=540,
+        explanation="Nothing went on for as long as the job allows (stuck_after_s), and the trainer"
+        " ended itself with the stacks of its threads.",
+        signs=(Sign(r"^Timeout \(\d+:\d\d:\d\d(?:\.\d+)?\)!", quiet=True),),
+        advice=(
+            "The stacks after that line tell where each thread waited, most recent call first: a"
+            " file or a socket that never answers, a device, a collective of which a worker is"
+            " missing.",
+            "A phase that is only long (a first compile, a large evaluation) wants a larger"
+            " stuck_after_s; 0 switches the watch off.",
+        ),
+        retry="retryable",
+        source="own runs with Python's faulthandler",
+    ),
+    Cause(
         id="timeout",
         depth=570,
         explanation="A time limit was over before the program was done.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from runner.cli_export import export
 from runner.cli_fit import fit
 from runner.cli_plan import plan
 from runner.cli_run import run
@@ -266,5 +267,5 @@ def _is_over(found: "RunDir") -> bool:
     return manifest is None or manifest.exit_status is not None
 
 
-for command in (run, plan, fit):
+for command in (run, plan, fit, export):
     main.add_command(command)

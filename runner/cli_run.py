@@ -65,6 +65,13 @@ if TYPE_CHECKING:
     help="Try again, up to N times, where the cause of the failure may pass by itself.",
 )
 @click.option(
+    "--preemptions",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="M",
+    help="Go on at once, up to M times, after a preemption; they count for nothing else.",
+)
+@click.option(
     "--refit",
     is_flag=True,
     help="Out of HBM: find a setting that fits (headroom fit) and run that, once.",
@@ -82,6 +89,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     where: Literal["auto", "process", "docker"],
     verb: str,
     retries: int,
+    preemptions: int,
     refit: bool,
     runs: Path,
     as_json: bool,
@@ -90,36 +98,38 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
 
     With --retries every attempt is a run of its own. What would only fail again is not tried again:
     a job that ran out of HBM, whatever must be cleaned up first, a mistake in the job. With --refit
-    a job that ran out of HBM is run once more, in a setting that fits.
+    a job that ran out of HBM is run once more, in a setting that fits. With --preemptions a run
+    that ended by the cloud's notice goes on at once, or after a while where it had done no step.
 
     With --resume a run goes on, as a run of its own, from its newest checkpoint; its job must have
     set checkpoint.every_steps. So does a retry. Later steps are done again, alike.
 
     Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
-    130 and 143 interrupted.
+    130 and 143 interrupted, 143 preempted.
 
     \b
     headroom run jobs/smoke.yaml --set steps=3 --where process
-    headroom run jobs/smoke.yaml --retries 3 --refit
+    headroom run jobs/smoke.yaml --retries 3 --preemptions 20 --refit
     headroom run --resume latest --set steps=100
     """
     from runner.conclude import diagnosis_of
-    from runner.retry import wait_s
+    from runner.retry import Budget, again
 
     job_file, overrides, before = _asked(runs, job_file, resume, overrides, from_env=from_env)
     load = partial(load_job, job_file, overrides, from_env=from_env)
     attempt = partial(_attempt, world, where=where, verb=verb, runs=runs, as_json=as_json)
     made, manifest = attempt(load, retry_of=before)
-    for number in range(retries):
-        diagnosis = diagnosis_of(made)
-        seconds = wait_s(manifest, diagnosis, attempts=number + 1)
-        if seconds is None or diagnosis is None:
-            break
-        say(
-            f"{made.name}: {diagnosis.cause} may pass by itself; "
-            f"retry {number + 1} of {retries} in {seconds:g} s (Ctrl-C: no more)"
-        )
-        world.pause(seconds)
+    budget = Budget(retries=retries, preemptions=preemptions)
+    while then := again(
+        manifest,
+        diagnosis_of(made),
+        budget=budget,
+        progress=_did_a_step(made),
+        stopped=made.stop_file.exists(),
+    ):
+        say(f"{made.name}: {then.why}; again in {then.after_s:g} s (Ctrl-C: no more)")
+        world.pause(then.after_s)
+        budget = then.left
         # As it was first read: the file may be another by now.
         load = partial(load_job, made.job_file, _go_on(made), from_env=False)
         made, manifest = attempt(load, retry_of=made.name)
@@ -176,6 +186,10 @@ def _go_on(run: "RunDir") -> tuple[str, ...]:
     job = run.read_json(run.job_file) or {}
     newest = run.newest_checkpoint() or job.get("checkpoint", {}).get("resume")
     return () if newest is None else (f"checkpoint.resume={newest}",)
+
+
+def _did_a_step(run: "RunDir") -> bool:
+    return run.steps_file.is_file() and run.steps_file.stat().st_size > 0
 
 
 def _refitted(world: World, made: "RunDir") -> Path | None:

@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+from jobs.aftermath import BLACK_BOX_FILE, NOTICE_FILE
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner import measured
 from runner.archive import RunDir, write_whole
+from runner.blackbox import in_a_line
 from runner.diagnose import diagnose
+from runner.ending import with_notice
 
-# The others say themselves what they are: done, refused (the log has the reason), interrupted.
+# The others say themselves what they are: done, refused (the log has the reason), interrupted,
+# preempted.
 _UNEXPLAINED = ("failed", "oom_killed", "lost")
 
 
 def conclude(run: RunDir, status: ExitStatus) -> Manifest:
     """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
-    manifest = run.finish(status)
+    noticed = run.read_json(run.path / NOTICE_FILE) is not None
+    manifest = run.finish(with_notice(status, noticed=noticed))
     if (cache_dir := run.cache_dir()) is not None:
         keep_calibration(run, manifest, cache_dir)
     if status.reason in _UNEXPLAINED:
@@ -48,6 +53,8 @@ def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
             exit_status=manifest.exit_status,
             **beside(run.path),
         )
+    if (held := in_a_line(run.read_json(run.path / BLACK_BOX_FILE))) is not None:
+        found = found.model_copy(update={"advice": [held, *found.advice]})
     refused = manifest.exit_status is not None and manifest.exit_status.reason == "refused"
     if found.cause != "unknown" or not (refused and (said := run.refusals())):
         return found

@@ -63,10 +63,29 @@ def _status(code: int, signal: str | None, *, stopped: bool, refusal: bool) -> E
     return ExitStatus(code=code, signal=signal, reason="failed")
 
 
+def with_notice(status: ExitStatus, *, noticed: bool) -> ExitStatus:
+    """How a run ended, where the trainer had stopped by the cloud's notice.
+
+    A SIGTERM that came without one stays `interrupted`, even where none of us sent it: `kill`,
+    `docker stop` and a scheduler's limit look the same, and a run that somebody stopped by hand
+    must not be started again. With one it is `preempted`, whatever followed: the VM that goes sends
+    its own SIGTERM, to this runner as well, and then SIGKILL.
+
+    Args:
+        status: by its code.
+        noticed: the trainer left notice.json.
+    """
+    stopped = status.reason == "interrupted" or status.signal == "SIGKILL"
+    if not noticed or not stopped or status.oom_killed:
+        return status
+    return status.model_copy(update={"reason": "preempted"})
+
+
 def runner_code(manifest: Manifest, *, stop_signal: str | None, diagnosis: Diagnosis | None) -> int:
     """Our own exit code for a run that has ended.
 
-    0 done, 1 refused, 4 failed with a known cause, 5 with an unknown one, 130 and 143 interrupted.
+    0 done, 1 refused, 4 failed with a known cause, 5 with an unknown one, 130 and 143 interrupted;
+    143 preempted, too.
 
     Args:
         manifest: of the run, finished.
@@ -75,6 +94,8 @@ def runner_code(manifest: Manifest, *, stop_signal: str | None, diagnosis: Diagn
     """
     status = manifest.exit_status or LOST
     match status.reason:
+        case "preempted":
+            return TERMINATED
         case "done":
             return DONE
         case "refused":

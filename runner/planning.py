@@ -46,8 +46,8 @@ class PlanStoppedError(Exception):
         number: of the signal.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"{ending.signal_name(number)}: planning was stopped")
+    def __init__(self, number: int, what: str = "planning") -> None:
+        super().__init__(f"{ending.signal_name(number)}: {what} was stopped")
         self.number = number
 
 
@@ -141,7 +141,7 @@ def plan(
         PlanRefusedError, PlanFailedError, PlanStoppedError: there is none.
     """
     argv = partial(plan_argv, trainer, asked=asked)
-    text = _child(job, argv, PLAN_FILE, asked.limit_s, say=say, interrupts=interrupts)
+    text = child(job, argv, PLAN_FILE, asked.limit_s, say=say, interrupts=interrupts)
     return _PLANS.validate_json(text if text.startswith("[") else f"[{text}]")
 
 
@@ -154,11 +154,11 @@ def fit(
         PlanRefusedError, PlanFailedError, PlanStoppedError: nothing was found out.
     """
     argv = partial(fit_argv, trainer, asked=asked)
-    text = _child(job, argv, FIT_FILE, asked.limit_s, say=say, interrupts=interrupts)
+    text = child(job, argv, FIT_FILE, asked.limit_s, say=say, interrupts=interrupts)
     return Fit.model_validate_json(text)
 
 
-def _child(
+def child(  # noqa: PLR0913 - all of a verb that answers with a file
     job: Job,
     argv: Callable[[Path], list[str]],
     result: str,
@@ -166,8 +166,13 @@ def _child(
     *,
     say: Say,
     interrupts: Interrupts,
+    what: str = "planning",
 ) -> str:
-    """The text of the file that the trainer's verb leaves."""
+    """The text of the file that the trainer's verb leaves beside a job file of its own.
+
+    Raises:
+        PlanRefusedError, PlanFailedError, PlanStoppedError: it left none.
+    """
     with tempfile.TemporaryDirectory(prefix="headroom-plan-") as name:
         folder = Path(name)
         job_file = folder / JOB_FILE
@@ -194,14 +199,14 @@ def _child(
             planner.kill()
             reader.join(_GRACE_S)
         if interrupts.numbers:
-            raise PlanStoppedError(interrupts.numbers[0])
+            raise PlanStoppedError(interrupts.numbers[0], what)
         if planner.late:
-            raise PlanFailedError(f"planning took more than {limit_s:g} s: raise --limit")
+            raise PlanFailedError(f"{what} took more than {limit_s:g} s: raise --limit")
         if status.code == ending.REFUSED and refusals:
             raise PlanRefusedError("\n".join(refusals))
         if status.code not in _WROTE_A_PLAN or status.signal:
             how = status.signal or f"exit status {status.code}"
-            raise PlanFailedError(f"the planner ended with {how}: {' | '.join(last) or 'no word'}")
+            raise PlanFailedError(f"{what} ended with {how}: {' | '.join(last) or 'no word'}")
         return (folder / result).read_text(encoding="utf-8")
 
 

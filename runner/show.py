@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.aftermath import BLACK_BOX_FILE, NOTICE_FILE
 from jobs.records import (
     LOG_FILE,
     Diagnosis,
@@ -75,6 +76,8 @@ def as_data(run: RunDir, manifest: Manifest) -> dict[str, Any]:
         "evaluations": [line for line in lines if "eval_step" in line],
         "failure": run.read_json(run.failure_file),
         "diagnosis": run.read_json(run.diagnosis_file),
+        "black_box": run.read_json(run.path / BLACK_BOX_FILE),
+        "notice": run.read_json(run.path / NOTICE_FILE),
     }
 
 

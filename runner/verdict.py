@@ -220,8 +220,8 @@ def _by_signal(cause: Cause, log: Log) -> Cause:
         return BY_ID["preempted"]
     if log.code == 124:
         return BY_ID["timeout"]
-    if log.status and log.status.reason == "interrupted":
-        return BY_ID["interrupted"]
+    if log.status and log.status.reason in ("interrupted", "preempted"):
+        return BY_ID[log.status.reason]
     # It went on after the notice until it was killed: JAX's preemption service swallows SIGTERM.
     caught = [one.line.number for one in log.found if one.cause is cause]
     ignored = log.code == 137 or (log.code is None and min(caught) < log.progress)
@@ -314,7 +314,7 @@ def _pool_tokens(line: Line) -> int:
 def _by_exit(log: Log) -> Verdict | None:
     if log.status and log.status.oom_killed:
         return Verdict(BY_ID["host_oom"], log.exit_line, certain=True)
-    if log.status and log.status.reason == "interrupted":
-        return Verdict(BY_ID["interrupted"], log.exit_line, certain=False)
+    if log.status and log.status.reason in ("interrupted", "preempted"):
+        return Verdict(BY_ID[log.status.reason], log.exit_line, certain=False)
     cause = _BY_EXIT.get(log.code) if log.code is not None else None
     return Verdict(BY_ID[cause], log.exit_line, certain=False) if cause else None

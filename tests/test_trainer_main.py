@@ -143,12 +143,23 @@ def test_a_loss_that_is_not_finite_ends_in_a_traceback_and_a_record_of_where(tmp
     assert code == 70  # not 1, Python's own for an exception: that is a refusal here
     assert "step=0" not in out
     said = err.rstrip().splitlines()[-1]
-    assert said.startswith("trainer.train.LossError: loss = nan, gradient norm = nan: ")
+    assert said.startswith("trainer.finite.LossError: loss = nan, gradient norm = nan: ")
     found = failure(tmp_path)
     assert (found.kind, found.phase, found.step) == ("LossError", "update", 0)
     assert said.endswith(found.message)
     assert found.traceback.rstrip().splitlines()[-1] == said
     assert (tmp_path / "steps.jsonl").read_text() == ""
+    # The batch is there for numpy alone, and it is that of the log.
+    assert f"{tmp_path / 'bad_batch.npz'}; " in said
+    with np.load(tmp_path / "bad_batch.npz") as bad:
+        batch = dict(bad)
+    assert (batch["step"], batch["update"]) == (0, 0)
+    assert np.isnan(batch["loss"])
+    rows = zip(batch["tokens"], batch["prompt_lengths"], batch["questions"], strict=True)
+    for tokens, length, question in rows:
+        assert question in tiny.tokenizer.decode(tokens[:length])
+    assert batch["completion_mask"].shape == batch["engine_logprobs"].shape == (4, 8)
+    assert batch["rewards"].shape == batch["score_correct"].shape == (4,)
 
 
 @pytest.mark.parametrize("asked", [0, 7])
@@ -183,7 +194,8 @@ def test_a_termination_ends_a_run_with_its_code_as_soon_as_python_runs(tmp_path)
         stop.cancel()
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, "".join(before) + out + err
-    assert "SIGTERM" in out  # at once, or as soon as the state is whole
+    # Where it comes while a step is recorded, it waits until that is done.
+    assert "stopped by SIGTERM" in out or "SIGTERM: stopping as soon as the state is whole" in out
     assert "Traceback" not in out + err
     assert not (tmp_path / "failure.json").exists()
     # Every line of the record is whole.

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from jobs.records import FAILURE_FILE, JOB_FILE, Failure
 from jobs.spec import Job, JobError, load
-from trainer import libtpu, redact
+from trainer import libtpu, notice, redact
+from trainer.hang import watchdog
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
 
-VERBS = ("train", "evaluate", "plan", "fit")
-_PLANS = ("plan", "fit")
+VERBS = ("train", "evaluate", "plan", "fit", "export")
+_WITH_OPTIONS = ("plan", "fit", "export")  # no run: nothing is trained, no chip is touched
 USAGE = f"usage: python -m trainer {{{'|'.join(VERBS)}}} /path/of/the/run/job.json [options]"
 # 70 is EX_SOFTWARE: Python's own code for an uncaught exception is 1, which is a refusal here.
 REFUSED, WRONG_USAGE, FAILED = 1, 2, 70
@@ -45,21 +46,28 @@ def set_environment(job: Job) -> None:
 def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
     """Import what the verb needs, and do it. A failure is written down before it goes on."""
     set_environment(job)
+    notice.watch(job, run_dir, stops)
+    alive = watchdog(job.stuck_after_s)
+    alive()
     phase, step = "import", -1
     try:
         import jax
 
-        from trainer import metrics, train
+        from trainer import blackbox, metrics, timing, train
 
         jax.config.update("jax_compilation_cache_dir", str(Path(job.cache_dir) / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         metrics.check_wandb_key(job, os.environ.get("WANDB_API_KEY"))
-        phases = train.Phases(run_dir)
+        phases = timing.Phases(run_dir, alive)
         try:
             if verb == "train":
                 train.train(job, run_dir, phases, stops)
             else:
                 train.evaluate_only(job, run_dir, phases)
+        except Exception as error:
+            if blackbox.is_of_memory(error):
+                blackbox.write(job, run_dir, error, where=phases)
+            raise
         finally:
             phase, step = phases.phase, phases.step
     except Stopped:
@@ -91,6 +99,24 @@ def plan(verb: str, job: Job, folder: Path, argv: list[str]) -> int:
     return planning.main(job, folder, planning.options_of(argv))
 
 
+def export(job: Job, folder: Path, argv: list[str]) -> int:
+    """A checkpoint's weights as a Hugging Face folder."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from trainer import export as exporting
+
+    return exporting.main(job, folder, exporting.options_of(argv))
+
+
+def _do(verb: str, job: Job, folder: Path, options: list[str], *, stops: Stops) -> int:
+    if verb == "export":
+        return export(job, folder, options)
+    if verb in _WITH_OPTIONS:
+        return plan(verb, job, folder, options)
+    run(verb, job, folder, stops)
+    return 0
+
+
 def _refuse(lines: str) -> int:
     for line in lines.splitlines():
         log.error("Error: %s", line)
@@ -104,7 +130,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     options = len(argv) > len(("verb", "job"))
     known = len(argv) >= len(("verb", "job")) and argv[0] in VERBS
-    if not known or (options and argv[0] not in _PLANS):
+    if not known or (options and argv[0] not in _WITH_OPTIONS):
         log.error("%s", USAGE)
         return WRONG_USAGE
     stops = Stops()
@@ -112,9 +138,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, stops)
     path = Path(argv[1])
     try:
-        if argv[0] in _PLANS:
-            return plan(argv[0], load(path), path.parent, argv[2:])
-        run(argv[0], load(path), path.parent, stops)
+        return _do(argv[0], load(path), path.parent, argv[2:], stops=stops)
     except (JobError, Refusal) as error:
         return _refuse(str(error))
     except Stopped:
@@ -123,7 +147,6 @@ def main(argv: list[str]) -> int:
     except (Exception, SystemExit):  # noqa: BLE001
         traceback.print_exc()
         return FAILED
-    return 0
 
 
 def start(argv: list[str]) -> int:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.records import CHECKPOINTS, gib
 from jobs.spec import Job
+from trainer.finite import LossError, not_finite
 from trainer.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _RECORD, _STATE = "checkpoint.json", "state"
 # Keys of a job that may be others when it goes on: where it runs, what it tells and when it looks.
 _MAY_CHANGE = (
     "name", "cache_dir", "container", "metrics", "checkpoint", "evaluation", "eval_every_steps",
-    "engine",
+    "engine", "stuck_after_s",
 )  # fmt: skip
 _DECISIVE_OF_ENGINE = ("dtype", "kv_cache_dtype")  # they make the policy that is sampled from
 _PLACE = ("accelerator", "mesh")  # only 8-bit moments are laid out by it
@@ -81,11 +82,25 @@ class Checkpoints:
 
     def save_last(self, state: Any, steps: int) -> None:
         """Save before the process ends, where checkpoints are wanted and this one is not there."""
-        if self._job.checkpoint.every_steps and steps not in (0, self._newest):
+        if not self._job.checkpoint.every_steps or steps in (0, self._newest):
+            return
+        try:
             self.save(state, steps)
+        except LossError as error:  # it ends as it was asked to, with what was good
+            log.warning("%s", error)
 
     def save(self, state: Any, steps: int) -> None:
-        """Save the state after so many steps, then remove what is older than the job keeps."""
+        """Save the state after so many steps, then remove what is older than the job keeps.
+
+        Raises:
+            LossError: it is not finite, and nothing is saved or removed.
+        """
+        if (bad := not_finite(state)) is not None:
+            raise LossError(
+                f"after {steps} steps {bad} of the state is not finite: it is not saved, and the "
+                "checkpoint before it stays the newest; lower train.learning_rate, or start from "
+                "weights that are finite"
+            )
         began = time.monotonic()
         self._folder.mkdir(exist_ok=True)
         made = self._folder / f"step_{steps:06d}"
@@ -129,16 +144,26 @@ def restore(job: Job, abstract: Any) -> tuple[Any, int]:
         raise CheckpointError(
             f"{folder} has {record.steps} steps in it, and steps = {job.steps}: ask for more"
         )
+    check_files(folder, record)
+    with ocp.StandardCheckpointer() as loader:
+        state = loader.restore(folder / _STATE, abstract)
+    log.info("resumed from %s: %d steps are done", folder, record.steps)
+    return jax.block_until_ready(state), record.steps
+
+
+def check_files(folder: Path, record: Record) -> Path:
+    """The folder of a checkpoint's state, once every file of it is what was saved.
+
+    Raises:
+        CheckpointError: one is not.
+    """
     if (found := _checksums(folder / _STATE)) != record.files:
         wrong = sorted(name for name, _ in found.items() ^ record.files.items())
         raise CheckpointError(
             f"{folder}: {wrong[0]} is not what was saved ({len(set(wrong))} files differ): it was "
             f"damaged; {_instead(folder)}"
         )
-    with ocp.StandardCheckpointer() as loader:
-        state = loader.restore(folder / _STATE, abstract)
-    log.info("resumed from %s: %d steps are done", folder, record.steps)
-    return jax.block_until_ready(state), record.steps
+    return folder / _STATE
 
 
 def read_record(folder: Path) -> Record:

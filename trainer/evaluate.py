@@ -1,7 +1,7 @@
 """pass@1 and pass@K of the policy on the test split."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,13 @@ _FIRST_SEQUENCE = 2**31
 
 
 def evaluate(
-    job: Job, rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any, *, after_steps: int
+    job: Job,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    after_steps: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> EvalRecord:
     """Ask every prompt and score the completions.
 
@@ -30,6 +36,7 @@ def evaluate(
         prompts: to ask, at least one.
         tokenizer: decodes the completions.
         after_steps: steps of training done.
+        alive: is told after each call of the engine.
     """
     began = time.monotonic()
     e, at_once = job.evaluation, job.rollout.prompts_per_step
@@ -44,6 +51,7 @@ def evaluate(
             temperature=e.temperature,
             first_sequence=_FIRST_SEQUENCE + first * e.group_size,
         )
+        alive()
         counted = len(part) * e.group_size
         texts = completions.texts(tokenizer)[:counted]
         answers = [p.row.answer for p in part for _ in range(e.group_size)]

@@ -209,14 +209,46 @@ def save_hf_folder(
     dtype: Any = np.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face folder that transformers, vLLM, sglang and `open_model` read.
-
-    The folder appears whole or not at all. Host memory: one shard.
+    """Write a tree that is in memory as a Hugging Face folder; see `write_hf_folder`.
 
     Args:
         params: our tree; numpy or JAX arrays.
         folder: must not exist, or be empty.
         architecture: of `params`.
+        tokenizer: its files are written, and its ids into both configs.
+        dtype: in which weights are stored: float32, bfloat16 or float16.
+        shard_bytes: most weights in one file (a single larger tensor still gets its own).
+
+    Raises:
+        ModelError: there is something in the folder, or the type is none of the three.
+    """
+    write_hf_folder(
+        hf_tensors(params, architecture, np.dtype(dtype)),
+        folder,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+    )
+
+
+def write_hf_folder(
+    tensors: Iterator[tuple[str, np.ndarray]],
+    folder: FilePath,
+    *,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    dtype: Any,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder that transformers, vLLM, sglang and `open_model` read.
+
+    The folder appears whole or not at all. Host memory: one shard, and what `tensors` holds.
+
+    Args:
+        tensors: Hugging Face's names and layout, each once, in any order, of `dtype`.
+        folder: must not exist, or be empty.
+        architecture: of the tensors.
         tokenizer: its files are written, and its ids into both configs.
         dtype: in which weights are stored: float32, bfloat16 or float16.
         shard_bytes: most weights in one file (a single larger tensor still gets its own).
@@ -236,7 +268,7 @@ def save_hf_folder(
     try:
         tokenizer.save(part)
         _write_configs(part, architecture=architecture, tokenizer=tokenizer, dtype=stored.name)
-        _write_shards(part, hf_tensors(params, architecture, stored), shard_bytes)
+        _write_shards(part, tensors, shard_bytes)
         part.replace(folder)
     except BaseException:
         shutil.rmtree(part)

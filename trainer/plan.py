@@ -24,6 +24,7 @@ from trainer.budget import EngineBuild
 from trainer.calibration import calibrated
 from trainer.compiled import Programs, TooLongError, compile_program
 from trainer.estimate import Program, estimate
+from trainer.files import write_record
 from trainer.ledger import check_target, ledger, programs_of
 from trainer.libtpu import versions
 from trainer.refusal import Refusal
@@ -206,13 +207,6 @@ def memory_of(*, quick: bool, limit_s: float, build: EngineBuild) -> Memory:
     until = time.monotonic() + limit_s
     compile_one = partial(compile_program, build=build)
     return Programs(say=log.info, until=until, compile_one=compile_one, build=build).of
-
-
-def write_record(file: Path, text: str) -> None:
-    """Write a record so that a reader sees all of it or none."""
-    beside = file.with_suffix(".new")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(file)
 
 
 def main(job: Job, folder: Path, options: Options) -> int:

@@ -2,7 +2,8 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,23 @@ class Stops:
             return
         log.info("stopped by %s", name)
         raise Stopped(128 + number)
+
+    def notice(self, text: str, note: Callable[[], None]) -> None:
+        """Stop as SIGTERM does, from any thread; one that was asked for before stays what it was.
+
+        The signal goes to the main thread itself: it wakes what that waits for, and the handler
+        runs there, between two instructions of Python, so that a stop by notice and one by signal
+        are the same thing and neither can come in the middle of what is held.
+
+        Args:
+            text: the line of the log.
+            note: writes down why, before the stop.
+        """
+        if self.number is not None:
+            return
+        log.info("%s", text)
+        note()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -1,11 +1,9 @@
 """The training loop, top to bottom: rollout, reward, advantages, update, hand-over, record."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,6 +19,7 @@ from trainer.axes import LEAF_AXES
 from trainer.checkpoint import Checkpoints, restore
 from trainer.data import Batch, Prompt, fitting_prompts, load_rows, pack, prompts_of_step
 from trainer.evaluate import evaluate
+from trainer.finite import check_learned
 from trainer.grpo import LOSSES, truncated_importance
 from trainer.mesh import make_mesh, state_shardings
 from trainer.metrics import Metrics
@@ -28,6 +27,7 @@ from trainer.refusal import Refusal
 from trainer.rollout import Completions, Rollout
 from trainer.rollout.naive import NaiveRollout
 from trainer.stop import Stopped, Stops
+from trainer.timing import Phases
 from trainer.update.masters import Split, cast
 from trainer.update.program import Learned, Update, make_update
 from trainer.weights import Model, load_params, open_model
@@ -37,29 +37,6 @@ log = logging.getLogger(__name__)
 
 class PlatformError(Refusal):
     """JAX runs on something else than the job's accelerator."""
-
-
-class LossError(FloatingPointError):
-    """A loss or gradient norm is NaN or infinite; the state has already taken the update."""
-
-
-@dataclass
-class Phases:
-    """Where a step's time goes, and which phase is under way."""
-
-    run_dir: FilePath
-    step: int = -1
-    phase: str = "load"
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase, with HBM sampled before it begins."""
-        self.phase = phase
-        hbm.sample(self.run_dir, step=self.step, phase=phase)
-        began = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
 
 @dataclass(kw_only=True)
@@ -149,7 +126,7 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
         stops: takes the process's signals; None: none are looked for.
 
     Raises:
-        LossError: a loss or gradient norm is NaN or infinite.
+        LossError: a loss, a gradient norm, or the state that was to be saved is not finite.
         CheckpointError: the checkpoint to go on from is not whole, or another job's.
         Stopped: a signal came; where checkpoints are wanted, the last whole step is saved.
     """
@@ -163,6 +140,11 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
     with Metrics(job, run_dir) as metrics:
         state, reference, done = _first_state(session, update)
         checkpoints = Checkpoints(job, run_dir)
+        phases.holds = lambda: {
+            "state": state,
+            "reference policy": reference,
+            **session.rollout.held(),
+        }
         try:
             with phases("hand_over"):
                 session.rollout.hand_over(update.params(state))
@@ -184,10 +166,10 @@ def train(job: Job, run_dir: FilePath, phases: Phases, stops: Stops | None = Non
                 if job.eval_every_steps and done % job.eval_every_steps == 0:
                     metrics.write(_evaluate(session, tests, after_steps=done), step)
                 if checkpoints.due(done):
-                    with stops.held():
+                    with stops.held(), phases("checkpoint"):
                         checkpoints.save(state, done)
         except Stopped:
-            with stops.held():
+            with stops.held(), phases("checkpoint"):
                 checkpoints.save_last(state, done)
             raise
 
@@ -233,6 +215,7 @@ def _evaluate(session: Session, tests: list[Prompt], *, after_steps: int) -> Eva
             tests,
             session.model.tokenizer,
             after_steps=after_steps,
+            alive=session.phases.alive,
         )
 
 
@@ -341,13 +324,17 @@ def learn(
             weights = weights * np.asarray(truncated_importance(old, engine, cap=correction))
         batch = replace(batch, old_logprobs=old, weights=weights)
     learned: list[Learned] = []
-    for _ in range(job.train.updates_per_rollout):
+    phases = session.phases
+    for number in range(job.train.updates_per_rollout):
         state, said = update.step(state, batch)
-        if not (math.isfinite(said.loss) and math.isfinite(said.grad_norm)):
-            raise LossError(
-                f"loss = {said.loss}, gradient norm = {said.grad_norm}: the update is not finite; "
-                "lower train.learning_rate, or start from weights that are finite"
-            )
+        check_learned(
+            said,
+            batch=batch,
+            rolled=rolled,
+            run_dir=phases.run_dir,
+            step=phases.step,
+            update=number,
+        )
         learned.append(said)
     return state, learned
 

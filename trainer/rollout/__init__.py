@@ -48,6 +48,10 @@ class Rollout(Protocol):
         """Let go of every weight and cache; the next call is `hand_over`."""
         ...
 
+    def held(self) -> dict[str, Any]:
+        """What of it lies on the devices now, by owner in the plan's words."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -60,6 +60,10 @@ class NaiveRollout:
         """Let go of the weights, until the next hand-over."""
         self.weights = None
 
+    def held(self) -> dict[str, Any]:
+        """See `Rollout.held`."""
+        return {"sampler weights": self.weights}
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -82,6 +82,13 @@ class SglangRollout:
                 drop_kv=residency != "keep",
             )
 
+    def held(self) -> dict[str, Any]:
+        """See `Rollout.held`."""
+        if self.driver is None:
+            return {}
+        runner = self.driver.runner
+        return {"engine weights": runner.leaves, "KV pool": runner.token_to_kv_pool.kv_buffer}
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
