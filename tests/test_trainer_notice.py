@@ -140,6 +140,7 @@ def test_a_value_is_waited_for_at_the_server_and_other_values_do_not_count(metad
     waited = [path for path in metadata.asked if "wait_for_change=true" in path]
     assert len(metadata.asked) <= len(waited) + 2
     assert len(waited) <= 4
+    assert {path.partition("last_etag=")[2] for path in waited} <= {"0", "1"}
 
 
 def test_whoever_is_no_metadata_server_is_not_believed():
