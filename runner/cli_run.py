@@ -29,9 +29,12 @@ from runner.terminal import (
 )
 
 if TYPE_CHECKING:
-    from jobs.records import Manifest
+    from jobs.records import Manifest, MemoryPlan
     from jobs.spec import Job
     from runner.archive import RunDir
+
+TOLERANCE_GIB = 0.25  # of --strict-plan
+OTHER_THAN_PLANNED = 4
 
 
 @click.command()
@@ -76,6 +79,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Out of HBM: find a setting that fits (headroom fit) and run that, once.",
 )
+@click.option(
+    "--strict-plan",
+    is_flag=False,
+    flag_value=TOLERANCE_GIB,
+    type=click.FloatRange(min=0.0),
+    metavar="[GIB]",
+    help="Plan first, run only what fits, and fail where a chip differs from the plan by more than "
+    f"so much ({TOLERANCE_GIB:g} GiB when not said).",
+)
 @runs_option
 @json_option
 @pass_world
@@ -91,6 +103,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     retries: int,
     preemptions: int,
     refit: bool,
+    strict_plan: float | None,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -104,8 +117,9 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     With --resume a run goes on, as a run of its own, from its newest checkpoint; its job must have
     set checkpoint.every_steps. So does a retry. Later steps are done again, alike.
 
-    Exit codes: 0 done, 1 refused, 2 usage, 4 failed with a known cause, 5 with an unknown one,
-    130 and 143 interrupted, 143 preempted.
+    Exit codes: 0 done, 1 refused, 2 usage, 3 planned not to fit, 4 failed with a known cause (or,
+    with --strict-plan, other than planned), 5 with an unknown one, 130 and 143 interrupted, 143
+    preempted.
 
     \b
     headroom run jobs/smoke.yaml --set steps=3 --where process
@@ -115,9 +129,19 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     from runner.conclude import diagnosis_of
     from runner.retry import Budget, again
 
+    if strict_plan is not None and verb != "train":
+        raise click.UsageError("--strict-plan plans the training: leave --verb out.")
     job_file, overrides, before = _asked(runs, job_file, resume, overrides, from_env=from_env)
     load = partial(load_job, job_file, overrides, from_env=from_env)
-    attempt = partial(_attempt, world, where=where, verb=verb, runs=runs, as_json=as_json)
+    attempt = partial(
+        _attempt,
+        world,
+        where=where,
+        verb=verb,
+        runs=runs,
+        as_json=as_json,
+        strict=strict_plan is not None,
+    )
     made, manifest = attempt(load, retry_of=before)
     budget = Budget(retries=retries, preemptions=preemptions)
     while then := again(
@@ -141,7 +165,8 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
                 say("it begins anew: a checkpoint goes on with the settings that it was made with")
             load = partial(load_job, fitted, ("checkpoint.resume=null",), from_env=False)
             made, manifest = attempt(load, retry_of=made.name)
-    sys.exit(_end(made, manifest, as_json=as_json))
+    code = _end(made, manifest, as_json=as_json)
+    sys.exit(code or (_held_to_plan(made, manifest, strict_plan) if strict_plan is not None else 0))
 
 
 def _asked(
@@ -207,15 +232,19 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
     verb: str,
     runs: Path,
     as_json: bool,
+    strict: bool,
     retry_of: str | None,
 ) -> tuple["RunDir", "Manifest"]:
     """One run, from its job to its end."""
     from runner.watch import Interrupts
 
+    plan = _plan_that_fits(world, load()) if strict else None
+
     # Before anything is made: from here on a signal ends in an exit status.
     with Interrupts() as interrupts:
         from rich.console import Console
 
+        from jobs.records import PLAN_FILE
         from runner import archive, environment, launch
         from runner.progress import log_stream
         from runner.provenance import checkout
@@ -235,6 +264,10 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
             ):
                 say(f"run directory: {made.path}")
                 made.update(retry_of=retry_of)
+                if plan is not None:
+                    archive.write_whole(
+                        made.path / PLAN_FILE, plan.model_dump_json(indent=2) + "\n"
+                    )
                 manifest = launch.launch(
                     made,
                     job,
@@ -247,6 +280,31 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
         except (launch.HostNotFit, OSError) as error:
             raise Refused(str(error)) from error
     return made, manifest
+
+
+def _plan_that_fits(world: World, job: "Job") -> "MemoryPlan":
+    """The plan; the command ends where there is none, or it does not fit."""
+    from runner import strict
+    from runner.planning import DOES_NOT_FIT
+
+    try:
+        with planner_errors():
+            return strict.planned(job, say=say, trainer=world.program())
+    except strict.PlanDoesNotFitError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(DOES_NOT_FIT)
+
+
+def _held_to_plan(made: "RunDir", manifest: "Manifest", tolerance_gib: float) -> int:
+    """Our exit code for a run that is done: was the plan right?"""
+    from runner import conclude, measured, strict
+
+    plan = measured.plan_of(made, manifest)
+    rows = measured.compare(plan, made, conclude.diagnosis_of(made)) if plan is not None else []
+    wrong = strict.differences(rows, tolerance_gib=tolerance_gib)
+    for line in wrong:
+        click.echo(f"Error: {line}", err=True)
+    return OTHER_THAN_PLANNED if wrong else 0
 
 
 def _leave_if_asked(numbers: list[int]) -> None:
