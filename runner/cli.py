@@ -14,6 +14,7 @@ import click
 from runner.cli_fit import fit
 from runner.cli_plan import plan
 from runner.cli_run import run
+from runner.cli_sweep import sweep
 from runner.terminal import (
     Refused,
     console,
@@ -215,5 +216,5 @@ def _is_over(found: "RunDir") -> bool:
     return manifest is None or manifest.exit_status is not None
 
 
-for command in (run, plan, fit):
+for command in (run, plan, fit, sweep):
     main.add_command(command)

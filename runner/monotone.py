@@ -147,8 +147,9 @@ def told(grid: Grid, answers: Mapping[str, bool]) -> dict[str, Told]:
         # A cell with a name of its own tells of itself alone, and has its answer or none.
         above = [n for n in fitting if grid.shape and _at_most(at, grid.ranks[n])]
         below = [n for n in others if grid.shape and _at_most(grid.ranks[n], at)]
-        near = lambda n, at=at: sum(abs(a - b) for a, b in zip(grid.ranks[n], at, strict=True))
-        fits_by, not_by = min(above, key=near, default=None), min(below, key=near, default=None)
+        # Of those above a cell the nearest has the smallest ranks, of those below the largest.
+        fits_by = min(above, key=lambda n: sum(grid.ranks[n]), default=None)
+        not_by = max(below, key=lambda n: sum(grid.ranks[n]), default=None)
         if not_by is not None:
             found[name] = Told(fits=False, by=not_by)
         elif fits_by is not None:
