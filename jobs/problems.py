@@ -46,6 +46,8 @@ def parse[M: BaseModel](model: type[M], source: Source, *, noun: str = "job") ->
         return Parsed(job=model.model_validate(source.tree), problems=[])
     except ValidationError as error:
         details = error.errors(include_url=False)
+    for detail in details:  # a wrong key of a mapping is told as this, below the key
+        detail["loc"] = tuple(part for part in detail["loc"] if part != "[key]")
     problems = [_problem(model, detail, noun) for detail in details]
     tree = _without(source.tree, [detail["loc"] for detail in details])
     for key, stand_in in _STAND_INS.items():

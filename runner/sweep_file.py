@@ -115,8 +115,8 @@ def expand(path: Path) -> Expanded:
     wrong = [Problem(key, NO_VALUE, text, origin=str(path)) for key, text in _form(sweep)]
     bases, of_bases = _bases(path, sweep)
     wrong += of_bases
-    if not wrong:
-        wrong = list(_wrong_settings(path, sweep, bases))
+    if not of_bases:
+        wrong += _wrong_settings(path, sweep, bases)
     if wrong:
         raise SweepError(_lines(wrong))
     axes = {key: list(values) for key, values in sweep.matrix.items()}
@@ -169,7 +169,7 @@ def _form_of_axes(sweep: SweepFile) -> Iterator[tuple[str, str]]:
             yield "exclude", "exclude: {} is every cell of the matrix: leave it out"
         elif len(list(places(sweep.matrix, [excluded]))) == len(found):
             yield "exclude", f"exclude: {shown} matches no cell of the matrix"
-    if sweep.matrix and found and not list(places(sweep.matrix, sweep.exclude)):
+    if found and all(sweep.exclude) and not list(places(sweep.matrix, sweep.exclude)):
         yield "exclude", f"exclude leaves none of the {len(found)} cells of the matrix"
     ours = {name.casefold(): name for name in named(list(places(sweep.matrix, sweep.exclude)))}
     seen: dict[str, str] = {}

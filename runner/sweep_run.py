@@ -198,11 +198,12 @@ class _Sweeping:
         if found is not None or newest is None or cell.name in self.asked.again:
             return found.outcome if found else None
         try:
-            return self._keep(cell, newest, self._ended(cell, newest))
+            outcome = self._keep(cell, newest, self._ended(cell, newest))
         except (status.CannotTellError, archive.NoSuchRunError) as error:
             if not wanted:
                 return None
             raise SweepError(f"cell {cell.name}: {newest.name}: {error}") from error
+        return outcome if cell.result() else None
 
     def not_to_run(self, names: list[str]) -> Iterator[str]:
         """Cells whose job is refused or planned not to fit, unless that was asked for; recorded."""
