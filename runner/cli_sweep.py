@@ -257,7 +257,7 @@ def report(
     with _refusals():
         rows = _read(_found(target, out))
         if html is not None:
-            from runner.report import write_sweep  # pyright: ignore
+            from runner.report import write_sweep
 
             write_sweep(rows, html)
             say(f"page: {html}")
