@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -11,11 +12,14 @@ from fakes import write_job
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs import spec
 from jobs.source import MAX_FILE_BYTES
+from jobs.spec import load
 from runner import sweep_schema
 from runner.matrix import named, places
 from runner.sweep_file import SweepError, expand
 
+JOBS = Path(spec.__file__).parent
 HEAD = "name: s\njob: job.yaml\n"
 
 
@@ -138,6 +142,25 @@ def test_values_that_contradict_each_other_are_no_mistake_of_the_sweep(tmp_path)
     # 4 prompts of 4 completions: 16 sequences do not make micro-batches of 5.
     found = expand(write(tmp_path, f"{HEAD}matrix: {{train.micro_batch_size: [4, 5]}}\n"))
     assert [cell.name for cell in found.cells] == ["micro_batch_size-4", "micro_batch_size-5"]
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*_sweep.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_that_comes_along_has_the_sops_runs_first_and_jobs_that_load(path, tmp_path):
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=sweep.schema.json\n")
+    jsonschema.validate(yaml.safe_load(text), json.loads(sweep_schema.SCHEMA_FILE.read_text()))
+    found = expand(path)
+    assert found.name == path.stem
+    assert {cell.planned_for for cell in found.cells} == {"v4-8"}
+    # The keys are the job files' own, under another name.
+    sops = ["sop_smoke", "sop_bs32_len1024", "sop_bs32_len1024_kv1536", "sop_bs32_len1024_mem035"]
+    for cell, sop in zip(found.cells, sops, strict=False):
+        asked = yaml.safe_load((JOBS / f"{sop}.yaml").read_text())
+        assert cell.tree == asked | {"name": cell.name}
+    for cell in found.cells:
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(cell.tree))
+        assert load(tmp_path / "job.yaml").name == cell.name
+        assert load(tmp_path / "job.yaml", overrides=found.run_set).steps >= 1
 
 
 values = st.one_of(
