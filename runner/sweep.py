@@ -251,12 +251,13 @@ def held(path: Path, what: str) -> Generator[None]:
     except FileNotFoundError:
         handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SweepError(f"process {path.read_text().strip()} {what} ({path})") from error
         with contextlib.suppress(OSError):  # another user's
             path.write_text(f"{os.getpid()}\n")
         yield
-    except BlockingIOError as error:
-        raise SweepError(f"process {path.read_text().strip()} {what} ({path})") from error
     finally:
         os.close(handle)
 

@@ -259,8 +259,10 @@ class _Sweeping:
 
     def _bring_plan(self, cell: CellDir, made: "RunDir") -> None:
         """Lay the plan beside the log, for the diagnosis, where it is of the very job that runs."""
-        found = cell.planned()
-        if found and found.verdict not in ("refused", "failed") and not self.sweep.record.run_set:
+        job = made.read_json(made.job_file) or {}
+        plan = made.read_json(cell.plan_file) or {}
+        same = not self.sweep.record.run_set and plan.get("accelerator") == job.get("accelerator")
+        if same and cell.planned() is not None:
             archive.write_whole(made.path / PLAN_FILE, cell.plan_file.read_bytes())
 
     def skip_told(self, names: list[str]) -> None:

@@ -254,6 +254,10 @@ def test_a_changed_cell_loses_its_plan_and_its_runs_and_no_other_does(site):
     assert (rows["a"].planned, rows["a"].outcome) == ("fits", "fits")
     assert (rows["b"].planned, rows["b"].outcome) == (None, None)
     assert len(list(site.dir.glob("cells/b/earlier-1/runs/*/manifest.json"))) == 1
+    # Nor is that run its result when it is the first job again.
+    site.call("expand", site.write("cells: {a: {}, b: {}}"))
+    assert site.rows()["b"].outcome is None
+    target = site.write("cells: {a: {}, b: {set: {seed: 7}}}")
     assert site.call("run", target).exit_code == 0
     assert site.asked("train") == ["a", "b", "c", "b"]
     # Other values to run with: every run was another job's, every plan is still its own.
