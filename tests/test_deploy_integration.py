@@ -48,6 +48,7 @@ name: swept
 accelerator: cpu
 model: tiny
 steps: 1
+system_prompt: ""
 rollout: {prompts_per_step: 2, group_size: 2, max_prompt_tokens: 128, max_completion_tokens: 8}
 container:
   network: none

@@ -105,7 +105,7 @@ class Site:
         return {row.cell: row for row in Sweep.model_validate_json(done.stdout).rows}
 
     def until(self, name: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (self.folder / name).exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
