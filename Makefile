@@ -1,9 +1,14 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test test-deploy check audit format image deploy logs lock schema plan-table clean
+.PHONY: help setup smoke sweep sweep-demo test test-deploy check audit format image deploy logs lock schema plan-table \
+	clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
+SWEEP := jobs/oom_sweep.yaml
+DEMO := jobs/demo_sweep.yaml
+DEMO_RUNS := --only sop_smoke --only prompts_per_step-4_max_completion_tokens-1024 \
+	--only prompts_per_step-4_max_completion_tokens-2048 --only prompts_per_step-8_max_completion_tokens-1024
 STAGE := cpu
 BASE := python:3.12-slim-bookworm
 ARGS :=
@@ -24,6 +29,15 @@ setup: ## Make .venv from the lock (every target does); PYTHON=/path/to/python3.
 
 smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/smoke.yaml ARGS="--set steps=3"
 	$(if $(HOST),$(PLAY) smoke.yml $(if $(filter file,$(origin JOB)),,-e 'run_job_file=$(JOB)') $(ARGS),.venv/bin/headroom run $(JOB) --where process $(ARGS))
+
+sweep: setup ## Plan SWEEP=jobs/oom_sweep.yaml here, run it on HOST=..., each host its share; a page of it
+	$(needs-host)
+	$(PLAY) oom_sweep.yml -e 'sweep_file=$(SWEEP)' $(ARGS)
+
+sweep-demo: setup ## Plan 20 jobs of the 7B for a v4-8 (compiles: minutes), run four on the CPU, make the page
+	.venv/bin/headroom sweep plan $(DEMO)
+	.venv/bin/headroom sweep run $(DEMO) --no-plan --where process $(DEMO_RUNS)
+	.venv/bin/headroom sweep report $(DEMO) --html sweeps/demo_sweep.html
 
 test: check ## Check, then run all tests; ARGS="-k reward"
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -68,8 +82,9 @@ lock: setup ## Make the locks in docker/ again; ARGS=--upgrade takes newer versi
 	$(LOCK) docker/build.in -o docker/build.txt -c docker/dev.txt
 	$(LOCK) docker/conda.in -o docker/conda.txt -c docker/dev.txt
 
-schema: setup ## Make jobs/job.schema.json from the job model
+schema: setup ## Make jobs/job.schema.json and jobs/sweep.schema.json from the models
 	.venv/bin/python -m jobs.schema
+	.venv/bin/python -m runner.sweep_schema
 
 plan-table: setup ## Make docs/plan.md's table, predicted against hardware, again (compiles: minutes)
 	.venv/bin/python -m benchmarks.plan_table

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from jobs.source import NO_VALUE, Problem, Source
 
 # Stand-ins for required keys that are wrong, so that the rest can still be checked.
-_STAND_INS = {"name": "unnamed", "accelerator": "cpu", "model": "tiny"}
+_STAND_INS = {"name": "unnamed", "accelerator": "cpu", "model": "tiny", "job": "unnamed.yaml"}
 
 
 class JobError(Exception):
@@ -34,13 +34,21 @@ class Parsed[M: BaseModel]:
     problems: list[Problem]
 
 
-def parse[M: BaseModel](model: type[M], source: Source) -> Parsed[M]:
-    """The model that a tree spells; a wrong value becomes a problem and keeps its default."""
+def parse[M: BaseModel](model: type[M], source: Source, *, noun: str = "job") -> Parsed[M]:
+    """The model that a tree spells; a wrong value becomes a problem and keeps its default.
+
+    Args:
+        model: of a job, or of what else is written as jobs are.
+        source: the tree.
+        noun: what a person calls it.
+    """
     try:
         return Parsed(job=model.model_validate(source.tree), problems=[])
     except ValidationError as error:
         details = error.errors(include_url=False)
-    problems = [_problem(model, detail) for detail in details]
+    for detail in details:  # a wrong key of a mapping is told as this, below the key
+        detail["loc"] = tuple(part for part in detail["loc"] if part != "[key]")
+    problems = [_problem(model, detail, noun) for detail in details]
     tree = _without(source.tree, [detail["loc"] for detail in details])
     for key, stand_in in _STAND_INS.items():
         if key in model.model_fields:
@@ -62,13 +70,14 @@ def _without(tree: dict[str, Any], paths: list[tuple[int | str, ...]]) -> dict[s
     return rest
 
 
-def _problem(model: type[BaseModel], detail: ErrorDetails) -> Problem:
+def _problem(model: type[BaseModel], detail: ErrorDetails, noun: str) -> Problem:
     names = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     key = ".".join(names)
     if detail["type"] == "extra_forbidden":
         return Problem(key, NO_VALUE, _unknown_key(model, names))
     if detail["type"] == "missing":
-        return Problem(key, NO_VALUE, f"the job has no {key!r}; add it: {_meaning(model, names)}")
+        text = f"the {noun} has no {key!r}; add it: {_meaning(model, names)}"
+        return Problem(key, NO_VALUE, text)
     return Problem(key, detail["input"], _limit(detail, _field_default(model, names)))
 
 
@@ -85,6 +94,8 @@ _LIMITS = {
     "bool_type": "is neither true nor false",
     "string_type": "is not text (put it in quotes)",
     "string_too_short": "is empty",
+    "dict_type": "is not keys and values",
+    "tuple_type": "is not a list",
     "string_pattern_mismatch": "may hold 1 to 64 letters, digits, '.', '_' and '-', and begins "
     "with a letter or digit",
 }
@@ -126,7 +137,12 @@ def _unknown_key(model: type[BaseModel], names: list[str]) -> str:
 
 def _part(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for name in path:
-        inner = model.model_fields[name].annotation
+        field = model.model_fields.get(name)
+        if field is None:  # a name that the user gave, of a part below
+            continue
+        inner = field.annotation
+        if get_origin(inner) is dict:
+            inner = get_args(inner)[1]
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             model = inner
     return model

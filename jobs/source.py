@@ -162,7 +162,7 @@ def read_sources(
     if environment is not None:
         _read_environment(environment, source)
     for override in overrides:
-        _read_override(override, source)
+        read_override(override, source)
     if environment is not None:
         _count_micro_batches(environment, source)
     return source
@@ -199,7 +199,7 @@ def _read_environment(environment: Mapping[str, str], source: Source) -> None:
         source.problems.append(Problem("", NO_VALUE, reason, origin=origin))
     for name, keys in values.items():
         for key, value in keys.items():
-            _put(source, key, value, origin=f"environment {name}={environment[name]}")
+            put(source, key, value, origin=f"environment {name}={environment[name]}")
 
 
 def _count_micro_batches(environment: Mapping[str, str], source: Source) -> None:
@@ -220,12 +220,13 @@ def _count_micro_batches(environment: Mapping[str, str], source: Source) -> None
     elif (prompts * group) % steps:
         text = f"does not divide the {prompts * group} sequences of a step (BATCH_SIZE x NUM_PRE_Q)"
     else:
-        _put(source, key, prompts * group // steps, origin=origin)
+        put(source, key, prompts * group // steps, origin=origin)
         return
     source.problems.append(Problem("", NO_VALUE, text, origin=origin))
 
 
-def _read_override(override: str, source: Source) -> None:
+def read_override(override: str, source: Source) -> None:
+    """Set what a key=value of --set says; what keeps it from that is one of the problems."""
     key, equals, text = override.partition("=")
     origin = f"--set {override}"
     if not equals or not all(key.split(".")):
@@ -240,10 +241,11 @@ def _read_override(override: str, source: Source) -> None:
         problem = f"sets a group of keys: set them one by one, as in {key}.name=value"
         source.problems.append(Problem("", NO_VALUE, problem, origin=origin))
         return
-    _put(source, key, value, origin=origin)
+    put(source, key, value, origin=origin)
 
 
-def _put(source: Source, key: str, value: Any, *, origin: str) -> None:
+def put(source: Source, key: str, value: Any, *, origin: str) -> None:
+    """Set a dotted key of the source's tree; what keeps it from that is one of its problems."""
     *path, last = key.split(".")
     node = source.tree
     for name in path:

@@ -15,6 +15,7 @@ from runner.cli_export import export
 from runner.cli_fit import fit
 from runner.cli_plan import plan
 from runner.cli_run import run
+from runner.cli_sweep import sweep
 from runner.terminal import (
     Refused,
     console,
@@ -267,5 +268,5 @@ def _is_over(found: "RunDir") -> bool:
     return manifest is None or manifest.exit_status is not None
 
 
-for command in (run, plan, fit, export):
+for command in (run, plan, fit, export, sweep):
     main.add_command(command)

@@ -14,9 +14,13 @@ from runner.archive import RunDir
 from runner.show import records
 from runner.sweep_row import Outcome, Row
 
-OUT_OF_HBM = ("hbm_program_load", "hbm_fragmentation", "hbm_alloc", "hbm_compile")
+# The diagnoses (causes_memory.py) of a job that found no room in HBM; the engine's is one of them.
+OUT_OF_HBM = (
+    "hbm_program_load", "hbm_fragmentation", "hbm_alloc", "hbm_compile", "engine_not_enough_memory",
+)  # fmt: skip
 _BY_REASON: dict[str, Outcome] = {
-    "done": "fits", "refused": "refused", "interrupted": "interrupted", "lost": "lost",
+    "done": "fits", "refused": "refused", "interrupted": "interrupted", "preempted": "interrupted",
+    "lost": "lost",
 }  # fmt: skip
 
 

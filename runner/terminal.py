@@ -4,6 +4,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -28,10 +29,12 @@ class World:
     Attributes:
         trainer: the program of the process way; None: the trainer beside this runner.
         pause: waits so many seconds before a run is tried again.
+        chips_lock: held by the one sweep that runs on this machine.
     """
 
     trainer: tuple[str, ...] | None = None
     pause: Callable[[float], None] = time.sleep
+    chips_lock: Path = Path(tempfile.gettempdir()) / "headroom_sweep_lockfile"
 
     def program(self) -> tuple[str, ...]:
         """The program of the process way."""

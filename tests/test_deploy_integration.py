@@ -10,10 +10,12 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +42,28 @@ container:
   binds: ['/told:/told:ro']
   pass_env: [HF_TOKEN]
 """
+# Three cells that the planner finds room for, and one whose rollout it does not.
+SWEPT_JOB = """\
+name: swept
+accelerator: cpu
+model: tiny
+steps: 1
+system_prompt: ""
+rollout: {prompts_per_step: 2, group_size: 2, max_prompt_tokens: 128, max_completion_tokens: 8}
+container:
+  network: none
+  binds: ['/told:/told:ro']
+"""
+SWEEP = """\
+name: swept
+job: base.yaml
+plan_for: v4-8
+cells:
+  a: {}
+  b: {set: {seed: 1}}
+  c: {set: {seed: 2}}
+  big: {set: {rollout.prompts_per_step: 2097152}}
+"""
 UNTIL_TOLD = "trap 'exit 143' TERM; echo step=0; while :; do sleep 0.1; done"
 
 
@@ -65,7 +89,7 @@ class Site:
     scratch: Path
     vms: list[Vm]
 
-    def play(self, name: str, *more: str, **variables: object) -> Played:
+    def start(self, name: str, *more: str, **variables: object) -> subprocess.Popen[str]:
         argv = [str(Path(sys.executable).with_name("ansible-playbook")), name]
         argv += ["-i", str(self.inventory), "-e", json.dumps(variables), *more]
         environment = {
@@ -77,11 +101,18 @@ class Site:
             "ANSIBLE_SSH_RETRIES": "0",
             "LC_ALL": "C.UTF-8",
         }
-        done = subprocess.run(
+        return subprocess.Popen(
             argv, cwd=self.clone / "ansible", env=environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=600, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
-        return Played(done.returncode, done.stdout + done.stderr)
+
+    def play(self, name: str, *more: str, **variables: object) -> Played:
+        with self.start(name, *more, **variables) as process:
+            try:
+                text, _ = process.communicate(timeout=600)
+            finally:
+                process.kill()
+        return Played(process.returncode, text)
 
     def head(self) -> str:
         return git(self.clone, "rev-parse", "HEAD")
@@ -335,6 +366,59 @@ def test_a_worker_that_fails_ends_the_job_on_all_with_the_first_cause_and_every_
         assert (lines[0], lines[-1]) == ("step=0", last)
     # Nothing is left that would stand in the next job's way.
     assert site.vms[0].says("docker", "ps", "--all", "--quiet") == ""
+
+
+def test_a_sweep_is_shared_out_survives_its_play_and_comes_back_as_one_page(site):
+    """Planned by the TPU compiler, run on both hosts; the play is killed, and given again."""
+    oom = (
+        "jaxlib._jax.XlaRuntimeError: RESOURCE_EXHAUSTED: Error loading program 'jit_step': "
+        "Attempting to reserve 7.82G at the bottom of memory. That was not possible. There are "
+        "5.68G free, 0B reserved, and 5.68G reservable."
+    )
+    until_go = "until [ -e /told/go ]; do sleep 0.1; done"
+    told(site, "exit 1", f"echo step=0; {until_go}; echo {shlex.quote(oom)}; exit 70")
+    (site.scratch / "base.yaml").write_text(SWEPT_JOB)
+    (site.scratch / "sweep.yaml").write_text(SWEEP)
+    swept = {"sweep_file": str(site.scratch / "sweep.yaml"), "sweep_out": str(site.scratch / "out")}
+    w1 = site.vms[1]
+    first = site.start("oom_sweep.yml", **swept)
+    try:
+        while not w1.says("docker", "ps", "--quiet"):
+            assert first.poll() is None, first.communicate(timeout=60)[0][-6000:]
+            time.sleep(0.2)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        # Its connections outlive it, and hold what it wrote to.
+        first.stdout.close()
+        first.wait(timeout=60)
+    assert w1.says("docker", "ps", "--quiet")
+    with site.start("oom_sweep.yml", **swept) as second:
+        lines: list[str] = []
+        for line in second.stdout:
+            lines.append(line)
+            if "TASK [Wait for the sweep's end" in line or "run_job : Wait for the end" in line:
+                w1.says("touch", "/told/go")
+    text = "".join(lines)
+    assert second.returncode == 0, text[-6000:]
+    report = [Path(sys.executable).with_name("headroom"), "sweep", "report", swept["sweep_out"]]
+    done = subprocess.run([*report, "--json"], capture_output=True, text=True, check=True)
+    rows = {row["cell"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {name: (row["planned"], row["outcome"]) for name, row in rows.items()} == {
+        "a": ("fits", "fits"),
+        "b": ("fits", "out_of_hbm"),
+        "c": ("fits", "fits"),
+        "big": ("does_not_load", None),
+    }
+    assert rows["big"]["skipped"] == "planned not to fit"
+    assert rows["b"]["diagnosis"]["numbers"]["free_bytes"] == round(5.68 * 2**30)
+    assert len(rows["a"]["steps"]) == 1
+    hosts = {name: rows[name]["manifest"]["host"]["name"] for name in ("a", "b", "c")}
+    assert hosts == {"a": site.vms[0].name, "b": w1.name, "c": site.vms[0].name}
+    # No cell ran twice, on no host; the page and the table of the play are of all of them.
+    assert len(list((site.scratch / "out").glob("cells/*/runs/*/manifest.json"))) == 3
+    assert "hbm_program_load" in (site.scratch / "out.html").read_text()
+    assert "ran 2 fits, 1 out of HBM; 1 skipped" in text
 
 
 def test_a_live_foreign_holder_of_the_lock_stops_everything_before_a_change(site):
