@@ -160,7 +160,7 @@ def test_a_sweep_of_which_nothing_fits_ends_with_3_and_one_whose_planner_breaks_
     assert done.exit_code == 5
     row = site.rows()["breaks"]
     assert row.planned == "failed"
-    assert row.plan_said.startswith("the planner ended with exit status 70")
+    assert row.plan_said.startswith("planning ended with exit status 70")
     # What failed is planned again, what was refused is not.
     (site.folder / "mended").touch()
     assert site.call("plan", site.dir, out=False).exit_code == 0
