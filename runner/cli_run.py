@@ -229,7 +229,12 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
                     say=say,
                     trainer=world.program(),
                     interrupts=interrupts,
+                    chips_lock=world.lock(),
                 )
+        except archive.NotFinishedError as error:
+            say(f"Error: {error}")
+            ended = error.run.manifest().model_copy(update={"exit_status": error.status})
+            sys.exit(_code_of(error.run, ended))
         except (launch.HostNotFit, OSError) as error:
             raise Refused(str(error)) from error
     return made, manifest
@@ -244,16 +249,24 @@ def _leave_if_asked(numbers: list[int]) -> None:
         sys.exit(128 + numbers[0])
 
 
+def _code_of(made: "RunDir", manifest: "Manifest") -> int:
+    from runner import conclude, ending
+
+    stop = made.read_json(made.stop_file)
+    return ending.runner_code(
+        manifest,
+        stop_signal=stop["signal"] if stop else None,
+        diagnosis=conclude.diagnosis_of(made),
+    )
+
+
 def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     """Say how the run ended and why, and give our exit code."""
-    from runner import conclude, ending
+    from runner import conclude
     from runner import show as shown
 
     diagnosis = conclude.diagnosis_of(made)
-    stop = made.read_json(made.stop_file)
-    code = ending.runner_code(
-        manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
-    )
+    code = _code_of(made, manifest)
     try:
         if as_json:
             print_json(shown.as_data(made, manifest))

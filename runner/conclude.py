@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner import measured
-from runner.archive import RunDir, write_whole
+from runner.archive import NotFinishedError, RunDir, write_whole
 from runner.diagnose import diagnose
 
 # The others say themselves what they are: done, refused (the log has the reason), interrupted.
@@ -13,13 +13,23 @@ _UNEXPLAINED = ("failed", "oom_killed", "lost")
 
 
 def conclude(run: RunDir, status: ExitStatus) -> Manifest:
-    """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
-    manifest = run.finish(status)
+    """Diagnose a run's log and finish its archive. Only for who holds the run's lock.
+
+    In this order: a manifest that has an exit status is looked at no more.
+
+    Raises:
+        NotFinishedError: something could not be written; all of it can be done again.
+    """
+    try:
+        if status.reason in _UNEXPLAINED and run.manifest().exit_status is None:
+            run.end_log(status)
+            found = explain(run, run.manifest().model_copy(update={"exit_status": status}))
+            write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
+        manifest = run.finish(status)
+    except OSError as error:
+        raise NotFinishedError(run, status, error) from error
     if (cache_dir := run.cache_dir()) is not None:
         keep_calibration(run, manifest, cache_dir)
-    if status.reason in _UNEXPLAINED:
-        found = explain(run, manifest)
-        write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
     return manifest
 
 

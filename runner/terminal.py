@@ -28,10 +28,18 @@ class World:
     Attributes:
         trainer: the program of the process way; None: the trainer beside this runner.
         pause: waits so many seconds before a run is tried again.
+        chips_lock: says who has the chips; None: the host's own.
     """
 
     trainer: tuple[str, ...] | None = None
     pause: Callable[[float], None] = time.sleep
+    chips_lock: Path | None = None
+
+    def lock(self) -> Path:
+        """Says who has the chips of this host."""
+        from runner.chips import LOCK
+
+        return LOCK if self.chips_lock is None else self.chips_lock
 
     def program(self) -> tuple[str, ...]:
         """The program of the process way."""
