@@ -60,7 +60,7 @@ class NotFinishedError(Exception):
         status: how the job ended.
     """
 
-    def __init__(self, run: "RunDir", status: ExitStatus, why: OSError) -> None:
+    def __init__(self, run: "RunDir", status: ExitStatus, why: Exception) -> None:
         self.run, self.status = run, status
         super().__init__(
             f"the job has ended ({status.reason}, {status.code}), but its archive cannot be "

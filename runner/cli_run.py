@@ -29,7 +29,7 @@ from runner.terminal import (
 )
 
 if TYPE_CHECKING:
-    from jobs.records import Manifest
+    from jobs.records import ExitStatus, Manifest
     from jobs.spec import Job
     from runner.archive import RunDir
 
@@ -233,8 +233,7 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
                 )
         except archive.NotFinishedError as error:
             say(f"Error: {error}")
-            ended = error.run.manifest().model_copy(update={"exit_status": error.status})
-            sys.exit(_code_of(error.run, ended))
+            sys.exit(_code_of(error.run, error.status))
         except (launch.HostNotFit, OSError) as error:
             raise Refused(str(error)) from error
     return made, manifest
@@ -249,12 +248,13 @@ def _leave_if_asked(numbers: list[int]) -> None:
         sys.exit(128 + numbers[0])
 
 
-def _code_of(made: "RunDir", manifest: "Manifest") -> int:
+def _code_of(made: "RunDir", status: "ExitStatus | None") -> int:
+    from jobs.records import Manifest
     from runner import conclude, ending
 
     stop = made.read_json(made.stop_file)
     return ending.runner_code(
-        manifest,
+        Manifest.model_construct(exit_status=status),
         stop_signal=stop["signal"] if stop else None,
         diagnosis=conclude.diagnosis_of(made),
     )
@@ -266,7 +266,7 @@ def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     from runner import show as shown
 
     diagnosis = conclude.diagnosis_of(made)
-    code = _code_of(made, manifest)
+    code = _code_of(made, manifest.exit_status)
     try:
         if as_json:
             print_json(shown.as_data(made, manifest))

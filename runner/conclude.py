@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner import measured
-from runner.archive import NotFinishedError, RunDir, write_whole
+from runner.archive import NoSuchRunError, NotFinishedError, RunDir, write_whole
 from runner.diagnose import diagnose
 
 # The others say themselves what they are: done, refused (the log has the reason), interrupted.
@@ -26,7 +26,7 @@ def conclude(run: RunDir, status: ExitStatus) -> Manifest:
             found = explain(run, run.manifest().model_copy(update={"exit_status": status}))
             write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
         manifest = run.finish(status)
-    except OSError as error:
+    except (OSError, NoSuchRunError) as error:
         raise NotFinishedError(run, status, error) from error
     if (cache_dir := run.cache_dir()) is not None:
         keep_calibration(run, manifest, cache_dir)
