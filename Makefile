@@ -1,6 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke test test-deploy check format image deploy logs lock schema plan-table clean
+.PHONY: help setup smoke test drill test-deploy check format image deploy logs lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -27,6 +27,9 @@ smoke: setup ## Run a GRPO job here, without Docker, or on HOST=...; JOB=jobs/sm
 
 test: check ## Check, then run all tests; ARGS="-k reward"
 	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+drill: setup ## Break things under real runs and print what came of it (docs/reliability.md); ARGS=soak
+	.venv/bin/python -m tests.drills $(ARGS)
 
 test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
 	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)

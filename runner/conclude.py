@@ -6,7 +6,6 @@ from typing import Any
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner import measured
 from runner.archive import NoSuchRunError, NotFinishedError, RunDir, write_whole
-from runner.diagnose import diagnose
 
 # The others say themselves what they are: done, refused (the log has the reason), interrupted.
 _UNEXPLAINED = ("failed", "oom_killed", "lost")
@@ -52,6 +51,9 @@ def beside(folder: Path) -> dict[str, Any]:
 
 def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
     """The named cause of a run's log, told with the run's own job, and its plan if there is one."""
+    # The table of causes takes longer to load than a short job: only where something failed.
+    from runner.diagnose import diagnose  # noqa: PLC0415
+
     with run.log_file.open("rb") as log:
         found = diagnose(
             log,

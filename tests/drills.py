@@ -113,7 +113,7 @@ class Engine:
         os.kill(pid, number)
         until(lambda: _is_zombie(pid))
         if number == signal.SIGKILL:
-            # Its containerd went with it. Where nobody reaps that, dockerd 20.10 takes it for alive.
+            # Its containerd went with it; dockerd 20.10 takes one that nobody reaps for alive.
             run = Path(self.host.removeprefix("unix://")).parent
             (run / "exec/containerd/containerd.pid").unlink(missing_ok=True)
 
@@ -394,9 +394,8 @@ def main(words: Sequence[str]) -> int:
     if engine.host:
         engine.stop()
     good = len(chosen) - wrong - missing
-    print(
-        f"{good} of {len(chosen)} drills as promised, {wrong} not, {missing} not run here; {total} bytes lost"
-    )  # noqa: T201
+    words = f"{good} of {len(chosen)} drills as promised, {wrong} not, {missing} not run here"
+    print(f"{words}; {total} bytes lost")  # noqa: T201
     return 1 if wrong else 0
 
 

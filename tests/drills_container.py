@@ -11,7 +11,6 @@ from jobs.records import Diagnosis
 from tests import drills_process
 from tests.drills import Drill, Place, Told, differing, until
 
-
 LINES = 200_000  # 1.3 MB: more than the small disk has
 
 

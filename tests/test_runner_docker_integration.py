@@ -4,10 +4,8 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
