@@ -34,8 +34,8 @@ from runner.provenance import NO_COMMIT
 _LOCKS = "/opt/locks"
 _LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", re.MULTILINE)
 _REVISION = "org.opencontainers.image.revision"
-# A daemon's own default may rotate logs; only a size of its own keeps json-file from it. It replaces
-# bytes that are no UTF-8; `local` keeps them, but loses ends of lines of 10 MB (dockerd 20.10).
+# A daemon's own default may rotate logs; only a size of its own keeps json-file from it. It
+# replaces bytes that are no UTF-8; `local` keeps them, but loses ends of very long lines (20.10).
 _NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
 _PING_S = 10
 # A busy daemon makes a container of a large image in tens of seconds.
