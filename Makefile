@@ -1,7 +1,7 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke sweep sweep-demo test test-deploy check audit format image deploy logs lock schema plan-table \
-	clean
+.PHONY: help setup smoke sweep sweep-demo test drill test-deploy check audit format image deploy logs lock schema \
+	plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml
@@ -41,6 +41,9 @@ sweep-demo: setup ## Plan 20 jobs of the 7B for a v4-8 (compiles: minutes), run 
 
 test: check ## Check, then run all tests; ARGS="-k reward"
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+drill: setup ## Break things under real runs and print what came of it (docs/reliability.md); ARGS=soak
+	.venv/bin/python -m tests.drills $(ARGS)
 
 test-deploy: setup ## Deploy to two stand-in VMs, run on them, break and mend them (part of test)
 	.venv/bin/python -m pytest tests/test_deploy_integration.py $(ARGS)

@@ -10,7 +10,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -35,10 +34,15 @@ from jobs.records import (
     Manifest,
 )
 from jobs.spec import Job
+from runner import runlog
 from runner.provenance import Checkout, host, short_commit
 from runner.supervise import EXIT_FILE, PROCESS_FILE
 
 STOP_FILE = "stop.json"
+
+# Kept free for the records of a run's end, and given back for them: a job that fills the disk must
+# not cost its own archive. A manifest with its packages is some 10 KiB, twice while it is replaced.
+_ROOM, _ROOM_BYTES = ".room", 1 << 16
 
 _STAMP = "%Y%m%d-%H%M%S"
 _RUN_NAME = re.compile(r"\d{8}-\d{6}-.+")
@@ -46,6 +50,23 @@ _RUN_NAME = re.compile(r"\d{8}-\d{6}-.+")
 
 class NoSuchRunError(LookupError):
     """No run, or more than one, goes by that name; or its manifest cannot be read."""
+
+
+class NotFinishedError(Exception):
+    """A job has ended, and its archive cannot be finished now; `headroom status` does it later.
+
+    Attributes:
+        run: whose.
+        status: how the job ended.
+    """
+
+    def __init__(self, run: "RunDir", status: ExitStatus, why: Exception) -> None:
+        self.run, self.status = run, status
+        super().__init__(
+            f"the job has ended ({status.reason}, {status.code}), but its archive cannot be "
+            f"finished: {why}; nothing of it is removed: headroom status finishes {run.name} once "
+            "it can"
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +201,11 @@ class RunDir:
         finally:
             os.close(handle)
 
+    def end_log(self, status: ExitStatus) -> None:
+        """Write the last line of the log, if it is not there already."""
+        (self.path / _ROOM).unlink(missing_ok=True)
+        runlog.end(self.log_file, "lost" if status.reason == "lost" else status.code)
+
     def finish(self, status: ExitStatus) -> Manifest:
         """Write the last line of the log, archive it, and close the manifest.
 
@@ -188,13 +214,13 @@ class RunDir:
         manifest = self.manifest()
         if manifest.exit_status is not None:
             return manifest
-        _end_log(self.log_file, status)
-        _archive_log(self, archived_log(self, manifest))
+        self.end_log(status)
+        runlog.keep(self.log_file, archived_log(self, manifest))
         return self.update(
             state="lost" if status.reason == "lost" else "finished",
             finished=now(),
             exit_status=status.model_dump(),
-            log_sha256=_sha256(self.log_file),
+            log_sha256=runlog.sha256(self.log_file),
         )
 
 
@@ -215,25 +241,32 @@ def create(
     run = _make_directory(
         runs.absolute(), f"{created.strftime(_STAMP)}-{job.name}-{short_commit(code.commit)}"
     )
+    manifest = Manifest(
+        run=run.name,
+        job=job.name,
+        job_sha256=job.digest,
+        verb=verb,
+        state="created",
+        where=where,
+        command=[],
+        commit=code.commit,
+        dirty=code.dirty,
+        packages={},
+        host=host(),
+        created=created.isoformat(),
+    )
     with run.held():
-        write_whole(run.job_file, job.to_json())
-        run.log_file.touch()
-        manifest = Manifest(
-            run=run.name,
-            job=job.name,
-            job_sha256=job.digest,
-            verb=verb,
-            state="created",
-            where=where,
-            command=[],
-            commit=code.commit,
-            dirty=code.dirty,
-            packages={},
-            host=host(),
-            created=created.isoformat(),
-        )
-        run.write(manifest)
-        _publish_log(run, manifest)
+        try:
+            write_whole(run.job_file, job.to_json())
+            run.log_file.touch()
+            (run.path / _ROOM).write_bytes(bytes(_ROOM_BYTES))
+            run.write(manifest)
+            runlog.publish(
+                run.log_file, archived_log(run, manifest), latest=latest_log(run, manifest)
+            )
+        except OSError:  # logs/ may be read-only where runs/ is not: nothing was started
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
         yield run
 
 
@@ -312,60 +345,18 @@ def latest_log(run: RunDir, manifest: Manifest) -> Path:
     return run.logs / f"{manifest.job}_latest.log"
 
 
-def _publish_log(run: RunDir, manifest: Manifest) -> None:
-    """Show the growing log in logs/ at once: a killed runner must not keep it from there."""
-    run.logs.mkdir(exist_ok=True)
-    archived = archived_log(run, manifest)
-    try:
-        archived.hardlink_to(run.log_file)
-    except OSError:  # a file system without hard links; `finish` copies instead
-        _replace_link(archived, Path(os.path.relpath(run.log_file, run.logs)))
-    _replace_link(latest_log(run, manifest), Path(archived.name))
-
-
-def _archive_log(run: RunDir, archived: Path) -> None:
-    if archived.exists() and not archived.is_symlink() and archived.samefile(run.log_file):
-        return
-    run.logs.mkdir(exist_ok=True)
-    beside = archived.with_name(f".{archived.name}.{os.getpid()}")
-    shutil.copyfile(run.log_file, beside)
-    beside.replace(archived)
-
-
-def _replace_link(link: Path, target: Path) -> None:
-    beside = link.with_name(f".{link.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target)
-    beside.replace(link)
-
-
-def _end_log(log: Path, status: ExitStatus) -> None:
-    line = b"exit_status=%s\n" % (b"lost" if status.reason == "lost" else b"%d" % status.code)
-    with log.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(line) - 1))
-        tail = file.read()
-        if tail in (line, b"\n" + line):
-            return
-        file.seek(0, os.SEEK_END)
-        file.write(line if not tail or tail.endswith(b"\n") else b"\n" + line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or all of the new one, even after a crash."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -29,7 +29,7 @@ from runner.terminal import (
 )
 
 if TYPE_CHECKING:
-    from jobs.records import Manifest, MemoryPlan
+    from jobs.records import ExitStatus, Manifest, MemoryPlan
     from jobs.spec import Job
     from runner.archive import RunDir
 
@@ -276,7 +276,11 @@ def _attempt(  # noqa: PLR0913 - the options of `run`
                     say=say,
                     trainer=world.program(),
                     interrupts=interrupts,
+                    chips_lock=world.lock(),
                 )
+        except archive.NotFinishedError as error:
+            say(f"Error: {error}")
+            sys.exit(_code_of(error.run, error.status))
         except (launch.HostNotFit, OSError) as error:
             raise Refused(str(error)) from error
     return made, manifest
@@ -316,16 +320,25 @@ def _leave_if_asked(numbers: list[int]) -> None:
         sys.exit(128 + numbers[0])
 
 
+def _code_of(made: "RunDir", status: "ExitStatus | None") -> int:
+    from jobs.records import Manifest
+    from runner import conclude, ending
+
+    stop = made.read_json(made.stop_file)
+    return ending.runner_code(
+        Manifest.model_construct(exit_status=status),
+        stop_signal=stop["signal"] if stop else None,
+        diagnosis=conclude.diagnosis_of(made),
+    )
+
+
 def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     """Say how the run ended and why, and give our exit code."""
-    from runner import conclude, ending
+    from runner import conclude
     from runner import show as shown
 
     diagnosis = conclude.diagnosis_of(made)
-    stop = made.read_json(made.stop_file)
-    code = ending.runner_code(
-        manifest, stop_signal=stop["signal"] if stop else None, diagnosis=diagnosis
-    )
+    code = _code_of(made, manifest.exit_status)
     try:
         if as_json:
             print_json(shown.as_data(made, manifest))

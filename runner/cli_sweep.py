@@ -172,7 +172,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     headroom sweep run jobs/oom_sweep.yaml --where docker
     headroom sweep run sweeps/oom_sweep --share 1/2 --no-plan
     """
-    from runner import launch, sweep_run
+    from runner import archive, launch, sweep_run
     from runner.sweep import held
     from runner.watch import Interrupts
 
@@ -191,13 +191,13 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
             _plan(world, found, **planner)
         try:
             with (
-                held(world.chips_lock, "runs a sweep on this machine already"),
+                held(world.sweep_lock, "runs a sweep on this machine already"),
                 Interrupts() as interrupts,
             ):
                 left = sweep_run.run(
                     found, asked, say=say, trainer=world.program(), interrupts=interrupts
                 )
-        except launch.HostNotFit as error:
+        except (launch.HostNotFit, archive.NotFinishedError) as error:
             raise Refused(str(error)) from error
         except sweep_run.StoppedError as error:
             say(str(error))

@@ -6,9 +6,8 @@ from typing import Any
 from jobs.aftermath import BLACK_BOX_FILE, NOTICE_FILE
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
 from runner import measured
-from runner.archive import RunDir, write_whole
+from runner.archive import NoSuchRunError, NotFinishedError, RunDir, write_whole
 from runner.blackbox import in_a_line
-from runner.diagnose import diagnose
 from runner.ending import with_notice
 
 # The others say themselves what they are: done, refused (the log has the reason), interrupted,
@@ -17,14 +16,25 @@ _UNEXPLAINED = ("failed", "oom_killed", "lost")
 
 
 def conclude(run: RunDir, status: ExitStatus) -> Manifest:
-    """Finish a run's archive and diagnose its log. Only for who holds the run's lock."""
+    """Diagnose a run's log and finish its archive. Only for who holds the run's lock.
+
+    In this order: a manifest that has an exit status is looked at no more.
+
+    Raises:
+        NotFinishedError: something could not be written; all of it can be done again.
+    """
     noticed = run.read_json(run.path / NOTICE_FILE) is not None
-    manifest = run.finish(with_notice(status, noticed=noticed))
+    status = with_notice(status, noticed=noticed)
+    try:
+        if status.reason in _UNEXPLAINED and run.manifest().exit_status is None:
+            run.end_log(status)
+            found = explain(run, run.manifest().model_copy(update={"exit_status": status}))
+            write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
+        manifest = run.finish(status)
+    except (OSError, NoSuchRunError) as error:
+        raise NotFinishedError(run, status, error) from error
     if (cache_dir := run.cache_dir()) is not None:
         keep_calibration(run, manifest, cache_dir)
-    if status.reason in _UNEXPLAINED:
-        found = explain(run, manifest)
-        write_whole(run.diagnosis_file, found.model_dump_json(indent=2) + "\n")
     return manifest
 
 
@@ -47,6 +57,9 @@ def beside(folder: Path) -> dict[str, Any]:
 
 def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
     """The named cause of a run's log, told with the run's own job, and its plan if there is one."""
+    # The table of causes takes longer to load than a short job: only where something failed.
+    from runner.diagnose import diagnose  # noqa: PLC0415
+
     with run.log_file.open("rb") as log:
         found = diagnose(
             log,

@@ -12,10 +12,7 @@ import contextlib
 import io
 import os
 import re
-import signal
 import tarfile
-import threading
-import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,24 +23,23 @@ from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
 from jobs.contradictions import BIND
-from jobs.records import JOB_FILE, LOG_FILE, ExitStatus, Manifest
+from jobs.records import JOB_FILE, Manifest
 from jobs.spec import Job
-from runner import ending
 from runner.archive import RunDir, now
-from runner.ending import signal_name
+from runner.chips import LABEL
+from runner.container_task import ContainerTask
 from runner.provenance import NO_COMMIT
 
 # docker/Dockerfile installs these, and nothing else, into the trainer's environment.
 _LOCKS = "/opt/locks"
 _LOCKED = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", re.MULTILINE)
 _REVISION = "org.opencontainers.image.revision"
-# A daemon's own default may rotate logs; only a size of its own keeps json-file from it.
+# A daemon's own default may rotate logs; only a size of its own keeps json-file from it. It
+# replaces bytes that are no UTF-8; `local` keeps them, but loses ends of very long lines (20.10).
 _NO_ROTATION = {"type": "json-file", "config": {"max-size": "1p"}}
 _PING_S = 10
 # A busy daemon makes a container of a large image in tens of seconds.
 _START_S = 300
-_RETRY_S = 1.0
-_END_LINES = 100
 
 
 class NoDaemonError(Exception):
@@ -95,6 +91,11 @@ def cache_folders(job: Job) -> list[Path]:
     return [Path(job.cache_dir), Path(job.cache_dir) / "huggingface"]
 
 
+def name_of(run_dir: Path) -> str:
+    """What a run's container is called."""
+    return f"headroom-{run_dir.name}"
+
+
 def container_options(
     job: Job,
     run_dir: Path,
@@ -117,7 +118,7 @@ def container_options(
     options: dict[str, Any] = {
         "image": job.image,
         "command": [manifest.verb, str(run_dir / JOB_FILE)],
-        "name": f"headroom-{run_dir.name}",
+        "name": name_of(run_dir),
         "user": f"{uid}:{gid}",
         "mounts": _mounts(job, run_dir),
         "devices": [f"{path}:{path}:rwm" for path in _devices(job)],
@@ -129,6 +130,7 @@ def container_options(
         "init": True,
         "log_config": _NO_ROTATION,
         "labels": {
+            **({} if job.target.platform == "cpu" else {LABEL: job.accelerator}),
             "headroom": "1",
             "headroom.run": run_dir.name,
             "headroom.run_dir": str(run_dir),
@@ -208,7 +210,7 @@ def _bind(source: str, *, target: str | None = None, read_only: bool = False) ->
     }
 
 
-def start(client: DockerClient, run: RunDir, options: dict[str, Any]) -> "ContainerTask":
+def start(client: DockerClient, run: RunDir, options: dict[str, Any]) -> ContainerTask:
     """Create and start a container and write it into the run's manifest.
 
     Raises:
@@ -279,121 +281,11 @@ def locked_packages(container: Container) -> dict[str, str]:
     return found
 
 
-def remove(client: DockerClient, container_id: str | None) -> None:
-    """Remove a container that is needed no more; one that is gone already is fine."""
-    if container_id is not None:
-        with contextlib.suppress(DockerException, OSError):
-            client.containers.get(container_id).remove(force=True, v=True)
+def remove(client: DockerClient, run: RunDir) -> None:
+    """Remove a run's container, which is needed no more; one that is gone already is fine."""
+    _remove_ours(client, name_of(run.path), run)
 
 
-def copy_log(container: Container, log: Path, *, follow: bool) -> None:
-    """Append to the file what of the container's log it lacks.
-
-    The daemon's log begins with all that stands in the file already, byte for byte, as nobody else
-    writes there while the container is there: what is read again is known by its length.
-    """
-    skip = log.stat().st_size
-    with log.open("ab", buffering=0) as file:
-        for data in container.logs(stream=True, follow=follow, stdout=True, stderr=True):
-            fresh = data[skip:]
-            skip = max(0, skip - len(data))
-            if fresh:
-                file.write(fresh)
-
-
-def complete_log(container: Container, log: Path) -> None:
-    """Append what an ended container's log has beyond the file; reads it all only where it must."""
-    end: bytes = container.logs(tail=_END_LINES)
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - len(end)))
-        copied = file.read() == end
-    if not copied:
-        copy_log(container, log, follow=False)
-
-
-class ContainerTask:
-    """A container under way, and the thread that copies its log to the run's directory."""
-
-    def __init__(
-        self, client: DockerClient, run: RunDir, container_id: str, *, retry_s: float = _RETRY_S
-    ) -> None:
-        self._client, self._run, self._id = client, run, container_id
-        self._retry_s = retry_s
-        self._state: dict[str, Any] | None = None
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def wait(self, seconds: float) -> ExitStatus | None:
-        """How it ended, its log copied; None when it has not after so many seconds."""
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            return None
-        return state_status(self._run, self._state)
-
-    def stop(self, number: int) -> None:
-        """Pass on a signal, through the container's init."""
-        _signal(self._client, self._id, number)
-
-    def kill(self) -> None:
-        """End the container."""
-        _signal(self._client, self._id, signal.SIGKILL)
-
-    def _follow(self) -> None:
-        """Copy until it has ended; a stream that ends, or breaks, earlier is only an interlude."""
-        while True:
-            try:
-                container = self._client.containers.get(self._id)
-                copy_log(container, self._run.path / LOG_FILE, follow=True)
-                # The stream's end is not the container's: a daemon that restarts ends it as well.
-                container.wait(timeout=_PING_S)
-                container.reload()
-                if not container.attrs["State"]["Running"]:
-                    complete_log(container, self._run.path / LOG_FILE)
-                    self._state = container.attrs["State"]
-                    return
-            except NotFound:
-                return
-            except (DockerException, OSError):
-                time.sleep(self._retry_s)
-
-
-class OthersTask:
-    """A container that another runner started; its log is that runner's care, or `settle`'s."""
-
-    def __init__(self, client: DockerClient, run: RunDir, container_id: str) -> None:
-        self._client, self._run, self._id = client, run, container_id
-
-    def wait(self, seconds: float) -> ExitStatus | None:
-        """How it ended; None when it has not after so many seconds."""
-        time.sleep(seconds)
-        try:
-            state = self._client.containers.get(self._id).attrs["State"]
-        except NotFound:  # ended, and removed by its runner
-            return ending.LOST
-        return None if state["Running"] else state_status(self._run, state)
-
-    def stop(self, number: int) -> None:
-        """Pass on a signal, through the container's init."""
-        _signal(self._client, self._id, number)
-
-    def kill(self) -> None:
-        """End the container."""
-        _signal(self._client, self._id, signal.SIGKILL)
-
-
-def _signal(client: DockerClient, container_id: str, number: int) -> None:
-    # It may have ended meanwhile, or the daemon be away: `wait` tells.
-    with contextlib.suppress(DockerException, OSError):
-        client.containers.get(container_id).kill(signal=signal_name(number))
-
-
-def state_status(run: RunDir, state: dict[str, Any] | None) -> ExitStatus:
-    """How a container that runs no more ended, by its engine's State; `lost` without one."""
-    if state is None or state["Status"] == "created":
-        return ending.LOST
-    return ending.of_container(
-        state["ExitCode"],
-        oom_killed=state["OOMKilled"],
-        stopped=run.stop_file.exists(),
-        refusal=state["ExitCode"] == ending.REFUSED and bool(run.refusals()),
-    )
+def init_pid(client: DockerClient, container_id: str) -> int:
+    """The process number of a running container's init, as its daemon counts; 0 once it ended."""
+    return int(client.containers.get(container_id).attrs["State"]["Pid"])

@@ -3,11 +3,12 @@
 What it may see of this machine's environment is spelled out in environment.py.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from docker import DockerClient
 
 from jobs.records import ExitStatus, Manifest
 from jobs.spec import Job
-from runner import container, ending, supervise
+from runner import chips, container, ending, supervise
 from runner.archive import RunDir, now
 from runner.conclude import conclude
 from runner.environment import TRAINER, container_environment, here, process_environment, unset
@@ -67,6 +68,7 @@ def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by
     say: Say,
     trainer: Sequence[str] = TRAINER,
     interrupts: Interrupts | None = None,
+    chips_lock: Path = chips.LOCK,
 ) -> Manifest:
     """Run a created run's job to its end, whatever comes, and finish its archive.
 
@@ -79,9 +81,11 @@ def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by
         trainer: the program of the process way.
         interrupts: entered before the run was made, so that no signal is missed; released when
             its archive is finished. None: none will come.
+        chips_lock: says who has the chips of this host, if the job wants them.
 
     Raises:
         HostNotFit: the job could not be started; the archive says so too.
+        NotFinishedError: it has ended, and its archive cannot be finished now.
     """
     interrupts = Interrupts() if interrupts is None else interrupts
     for name in unset(here(), job.container.pass_env):
@@ -93,11 +97,12 @@ def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by
         follower.patience_s = _PATIENCE_S
         say(describe(number, grace_s))
 
-    with Follower(run.log_file, out) as follower:
+    with Follower(run.log_file, out) as follower, contextlib.ExitStack() as until_it_ends:
         if interrupts.numbers:
             return _stopped_before_start(run, interrupts.numbers[0], say)
         try:
-            task = start(run, job, client=client, trainer=trainer)
+            hold = until_it_ends.enter_context(_hold(run, job, client=client, lock=chips_lock))
+            task = start(run, job, client=client, trainer=trainer, hold=hold)
         except HostNotFit as error:
             with run.log_file.open("ab") as log:
                 log.write(f"headroom: {error}\n".encode())
@@ -106,7 +111,7 @@ def launch(  # noqa: PLR0913 - all of the world that a run touches, handed in by
         status = watch(task, interrupts, grace_s=grace_s, asked=asked)
         manifest = conclude(run, status)
         if client is not None:
-            container.remove(client, manifest.container)
+            container.remove(client, run)
         # What is left is to show the log: Ctrl-C may end that.
         interrupts.release()
     return manifest
@@ -122,8 +127,42 @@ def _stopped_before_start(run: RunDir, number: int, say: Say) -> Manifest:
 _NOT_STARTED = 125
 
 
-def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequence[str]) -> Task:
+@contextlib.contextmanager
+def _hold(
+    run: RunDir, job: Job, *, client: DockerClient | None, lock: Path
+) -> Generator[chips.Hold | None]:
+    """The chips of this host, where the job wants any.
+
+    Raises:
+        HostNotFit: another run has them.
+    """
+    if job.target.platform == "cpu":
+        yield None
+        return
+    with contextlib.ExitStack() as until_it_ends:
+        try:
+            held = until_it_ends.enter_context(chips.hold(lock, run.path, client=client))
+        except (chips.ChipsHeldError, OSError) as error:
+            raise HostNotFit(str(error)) from error
+        yield held
+
+
+def start(
+    run: RunDir,
+    job: Job,
+    *,
+    client: DockerClient | None,
+    trainer: Sequence[str],
+    hold: chips.Hold | None = None,
+) -> Task:
     """Start the job and write into the manifest what was started.
+
+    Args:
+        run: its manifest has the verb.
+        job: as in its job.json.
+        client: of the Docker daemon; None: in a process.
+        trainer: the program of the process way.
+        hold: of the chips, for the job to have; None: it wants none.
 
     Raises:
         HostNotFit: it could not be.
@@ -131,7 +170,8 @@ def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequen
     verb = run.manifest().verb
     if client is None:
         command = [*trainer, verb, str(run.job_file)]
-        return _start_process(run, command, process_environment(here(), job.container.pass_env))
+        environment = process_environment(here(), job.container.pass_env)
+        return _start_process(run, command, environment, hold=hold)
     owner = run.path.stat()
     try:
         options = container.container_options(
@@ -143,11 +183,14 @@ def start(run: RunDir, job: Job, *, client: DockerClient | None, trainer: Sequen
         )
         for folder in container.cache_folders(job):
             _make_for(folder, owner)
-        return container.start(client, run, options)
+        task = container.start(client, run, options)
     except container.NotStartedError as error:
         raise HostNotFit(str(error)) from error
     except OSError as error:
         raise HostNotFit(f"the container was not made: {error}; see cache_dir") from error
+    if hold is not None:
+        hold.note(container.init_pid(client, task.container_id))
+    return task
 
 
 def _make_for(folder: Path, owner: os.stat_result) -> None:
@@ -161,7 +204,9 @@ def _make_for(folder: Path, owner: os.stat_result) -> None:
         os.chown(folder, owner.st_uid, owner.st_gid)
 
 
-def _start_process(run: RunDir, command: list[str], environment: dict[str, str]) -> ProcessTask:
+def _start_process(
+    run: RunDir, command: list[str], environment: dict[str, str], *, hold: chips.Hold | None
+) -> ProcessTask:
     # The supervisor is started by its path, apart from all settings of Python's: -I, -S.
     argv = [sys.executable, "-I", "-S", supervise.__file__, str(run.path), "--", *command]
     run.update(state="running", started=now(), command=command, packages=installed_packages())
@@ -177,11 +222,14 @@ def _start_process(run: RunDir, command: list[str], environment: dict[str, str])
                 env=environment,
                 cwd=run.path,
                 start_new_session=True,
+                pass_fds=() if hold is None else (hold.handle,),
             )
         except OSError as error:
             raise HostNotFit(f"the job's process cannot be started: {error}") from error
     while not run.process_file.exists() and child.poll() is None:
         time.sleep(0.005)
     task = ProcessTask(run, child=child)
+    if hold is not None and task.pid is not None:
+        hold.note(task.pid)
     run.update(pid=task.pid)
     return task

@@ -36,7 +36,19 @@ class ProcessTask:
             # Alive, or gone between our two looks: then the record is there by now.
             if not last_look and (self._lives("supervisor_pid") or self._lives("pid")):
                 return None
-        return ending.LOST
+        return self._told_by_child() or ending.LOST
+
+    def _told_by_child(self) -> ExitStatus | None:
+        """How it ended by our supervisor's own exit code; None where that was killed, or not ours.
+
+        For a run directory that became read-only, or was taken away, under the run.
+        """
+        code = self._child.poll() if self._child else None
+        if code is None or code < 0:
+            return None
+        return ending.of_container(
+            code, oom_killed=False, stopped=self._run.stop_file.exists(), refusal=False
+        )
 
     def wait(self, seconds: float) -> ExitStatus | None:
         """How it ended; None when it has not after so many seconds."""

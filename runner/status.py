@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from docker import DockerClient
 from docker.errors import NotFound
 
 from jobs.records import ExitStatus, Manifest
-from runner import container, ending
-from runner.archive import RunDir
+from runner import container, container_task, ending
+from runner.archive import NotFinishedError, RunDir
 from runner.conclude import conclude
 from runner.process import ProcessTask
 from runner.provenance import host
@@ -20,6 +21,7 @@ Connect = Callable[[], DockerClient]
 # A finisher that we wait for only writes a few small files and hashes a log.
 _FINISHER_S = 60.0
 _START_S = 60.0
+_SUPERVISOR_S = 5.0
 _DEFAULT_GRACE_S = 30
 
 
@@ -44,9 +46,9 @@ def settle(run: RunDir, *, connect: Connect = container.connect) -> Manifest:
         status = _look(run, run.manifest(), connect=connect)
         if status is None:
             return run.manifest()
-        manifest = conclude(run, status)
-    if manifest.container is not None:
-        container.remove(connect(), manifest.container)
+        manifest = _concluded(run, status)
+    if manifest.where == "docker":
+        container.remove(connect(), run)
     return manifest
 
 
@@ -54,18 +56,44 @@ def _look(run: RunDir, manifest: Manifest, *, connect: Connect) -> ExitStatus | 
     """How a run that nobody stands by ended, its log brought up to date; None when it goes on."""
     _same_host(manifest)
     if manifest.where == "process":
+        _await_supervisor(run, manifest)
         return ProcessTask(run).ended()
-    if manifest.container is None:
-        return ending.LOST
     try:
-        found = _client(manifest, connect).containers.get(manifest.container)
+        # By its name: a runner that was killed while the daemon made it has not written its id.
+        found = _client(manifest, connect).containers.get(container.name_of(run.path))
     except NotFound:
         return ending.LOST
+    if found.labels.get("headroom.run_dir") != str(run.path):
+        return ending.LOST
     state = found.attrs["State"]
-    container.copy_log(found, run.log_file, follow=False)
+    try:
+        container_task.copy_log(found, run.log_file, follow=False)
+    except container_task.LogNotWrittenError as error:
+        raise CannotTellError(f"its log cannot be written: {error}") from error
     if state["Running"]:
+        if manifest.state == "created":  # its runner was killed when it had just started it
+            run.update(state="running", started=state["StartedAt"], container=found.id)
         return None
-    return container.state_status(run, state)
+    return container_task.state_status(run, state)
+
+
+def _await_supervisor(run: RunDir, manifest: Manifest) -> None:
+    """Give a supervisor that has just been started the time to say so: its runner may be dead."""
+    deadline = time.monotonic() + _SUPERVISOR_S
+    while (
+        manifest.state == "running"
+        and not run.process_file.exists()
+        and not run.exit_file.exists()
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+
+
+def _concluded(run: RunDir, status: ExitStatus) -> Manifest:
+    try:
+        return conclude(run, status)
+    except NotFinishedError as error:
+        raise CannotTellError(str(error)) from error
 
 
 def _same_host(manifest: Manifest) -> None:
@@ -78,7 +106,7 @@ def _client(manifest: Manifest, connect: Connect) -> DockerClient:
     try:
         return connect()
     except container.NoDaemonError as error:
-        name = f"headroom-{manifest.run}"
+        name = container.name_of(Path(manifest.run))
         raise CannotTellError(f"its container {name} cannot be seen: {error}") from error
 
 
@@ -135,7 +163,7 @@ def _is_started(run: RunDir, manifest: Manifest) -> bool:
 def _task(run: RunDir, manifest: Manifest, *, connect: Connect) -> Task:
     if manifest.where == "process":
         return ProcessTask(run)
-    return container.OthersTask(_client(manifest, connect), run, str(manifest.container))
+    return container_task.OthersTask(_client(manifest, connect), run, str(manifest.container))
 
 
 def grace_s(run: RunDir) -> float:

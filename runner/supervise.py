@@ -6,6 +6,10 @@ needs nothing but the standard library, and touches nothing of the program's out
 
     process.json  {"pid", "ticks", "supervisor_pid", "supervisor_ticks", "boot_id"}
     exit.json     {"returncode", "finished"}; a negative code is a signal's number
+
+Room for exit.json is taken before the program starts: a disk that the program fills cannot cost its
+status. Its own exit code says the same (128 + N for signal N), for a runner that stands by where
+not even that can be written.
 """
 
 import contextlib
@@ -22,6 +26,9 @@ from typing import Any
 PROCESS_FILE = "process.json"
 EXIT_FILE = "exit.json"
 NOT_FOUND = 127
+
+_ROOM = ".exit.json.room"
+_ROOM_BYTES = 256
 
 
 def start_ticks(pid: int) -> int | None:
@@ -54,15 +61,23 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def supervise(run_dir: Path, command: list[str]) -> None:
-    """Run the command to its end and leave both records."""
+def supervise(run_dir: Path, command: list[str]) -> int:
+    """Run the command to its end, leave both records, and give its exit code, 128 + N of a signal.
+
+    What it holds open by inheritance, the lock of the host's chips, the program holds too.
+    """
+    if _is_closed(run_dir):
+        return NOT_FOUND
+    with contextlib.suppress(OSError):
+        (run_dir / _ROOM).write_bytes(b" " * _ROOM_BYTES)
     try:
         # A process group of its own: killing it and all it started leaves this process alive.
-        program = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        program = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, process_group=0, close_fds=False
+        )
     except OSError as error:
         sys.stderr.write(f"headroom: cannot start {command[0]}: {error}\n")
-        _write_exit(run_dir, NOT_FOUND)
-        return
+        return _write_exit(run_dir, NOT_FOUND)
 
     def forward(number: int, _: FrameType | None) -> None:
         if program.returncode is None:
@@ -86,13 +101,29 @@ def supervise(run_dir: Path, command: list[str]) -> None:
     os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)
     with contextlib.suppress(PermissionError):
         os.killpg(program.pid, signal.SIGKILL)
-    _write_exit(run_dir, program.wait())
+    return _write_exit(run_dir, program.wait())
 
 
-def _write_exit(run_dir: Path, returncode: int) -> None:
-    finished = datetime.now(UTC).isoformat()
-    _write(run_dir / EXIT_FILE, {"returncode": returncode, "finished": finished})
+def _is_closed(run_dir: Path) -> bool:
+    """The runner was killed when it had just started us, and the run given up for lost."""
+    try:
+        manifest = json.loads((run_dir / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(manifest.get("exit_status"))
+
+
+def _write_exit(run_dir: Path, returncode: int) -> int:
+    record = {"returncode": returncode, "finished": datetime.now(UTC).isoformat()}
+    room = run_dir / _ROOM
+    with contextlib.suppress(OSError):  # a folder that became read-only: our exit code tells
+        with room.open("r+b") as file:
+            file.write(json.dumps(record).encode().ljust(_ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        room.replace(run_dir / EXIT_FILE)
+    return 128 - returncode if returncode < 0 else returncode
 
 
 if __name__ == "__main__":
-    supervise(Path(sys.argv[1]), sys.argv[3:])
+    sys.exit(supervise(Path(sys.argv[1]), sys.argv[3:]))

@@ -29,12 +29,20 @@ class World:
     Attributes:
         trainer: the program of the process way; None: the trainer beside this runner.
         pause: waits so many seconds before a run is tried again.
-        chips_lock: held by the one sweep that runs on this machine.
+        chips_lock: says who has the chips; None: the host's own.
+        sweep_lock: held by the one sweep that runs on this machine.
     """
 
     trainer: tuple[str, ...] | None = None
     pause: Callable[[float], None] = time.sleep
-    chips_lock: Path = Path(tempfile.gettempdir()) / "headroom_sweep_lockfile"
+    chips_lock: Path | None = None
+    sweep_lock: Path = Path(tempfile.gettempdir()) / "headroom_sweep_lockfile"
+
+    def lock(self) -> Path:
+        """Says who has the chips of this host."""
+        from runner.chips import LOCK
+
+        return LOCK if self.chips_lock is None else self.chips_lock
 
     def program(self) -> tuple[str, ...]:
         """The program of the process way."""

@@ -218,6 +218,8 @@ def _by_signal(cause: Cause, log: Log) -> Cause:
     explicit = any(one.cause.id == "preempted" and one.sign.sure for one in log.found)
     if explicit:
         return BY_ID["preempted"]
+    if log.status and log.status.oom_killed:
+        return BY_ID["host_oom"]
     if log.code == 124:
         return BY_ID["timeout"]
     if log.status and log.status.reason in ("interrupted", "preempted"):

@@ -4,18 +4,20 @@
 #
 #   tests/docker_engine.sh start DIR   prints the engine's address, for DOCKER_HOST
 #   tests/docker_engine.sh env DIR     prints "export DOCKER_HOST=..." of the private engine
+#   tests/docker_engine.sh private DIR [OPTION...]   never the one that answers; options of dockerd
 #   tests/docker_engine.sh stop DIR    stops the private engine that DIR/pid names, and no other
 #
 # Ends with 3, and the reason on stderr, where the machine does not allow an engine.
 set -euo pipefail
 
 usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
-[ $# -eq 2 ] || usage
+[ $# -ge 2 ] || usage
 verb=$1
 dir=$(realpath -m "$2")
+shift 2
 
 # The kernel allows 107 characters for a socket's path, a clone can lie deeper; 8 digits tell clones apart.
 short=$(printf '%s' "$dir" | sha256sum | cut -c1-8)
@@ -68,6 +70,10 @@ start() {
     echo "$theirs"
     return
   fi
+  private
+}
+
+private() {
   mkdir -p "$dir"
   exec 9>"$dir/lock"
   flock 9
@@ -75,7 +81,7 @@ start() {
     echo "$host"
     return
   fi
-  [ "$(id -u)" -eq 0 ] || cannot "none answers at $theirs, and only root can start one"
+  [ "$(id -u)" -eq 0 ] || cannot "none answers, and only root can start one"
   export PATH=$PATH:/usr/sbin:/sbin
   install_missing
   if alive; then stop; fi
@@ -89,7 +95,7 @@ start() {
     ip link set "$bridge" up
   fi
   setsid dockerd --data-root="$dir/data" --exec-root="$run/exec" --host="$host" --pidfile="$dir/pid" \
-    --bridge="$bridge" >"$dir/log" 2>&1 </dev/null 9>&- &
+    --bridge="$bridge" "$@" >>"$dir/log" 2>&1 </dev/null 9>&- &
   local launched=$! deadline=$((SECONDS + 60))
   while [ "$SECONDS" -lt "$deadline" ]; do
     if answers "$host"; then
@@ -122,6 +128,7 @@ stop() {
 
 case $verb in
   start) start ;;
+  private) private "$@" ;;
   stop) stop ;;
   env) echo "export DOCKER_HOST=$host" ;;
   *) usage ;;

@@ -6,14 +6,8 @@ from fakes import FakeClient, FakeContainer, write_job
 from jobs.records import Manifest
 from jobs.spec import load
 from runner.archive import RunDir
-from runner.container import (
-    ContainerTask,
-    cache_folders,
-    complete_log,
-    container_options,
-    copy_log,
-    state_status,
-)
+from runner.container import cache_folders, container_options
+from runner.container_task import ContainerTask, complete_log, copy_log, state_status
 
 RUN = Path("/data/my runs/20260119-084640-smoke-15154fc")
 SECRET = "hf_of_a_test"  # noqa: S105 - of nothing

@@ -4,15 +4,14 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 from fakes import headroom, write_job
+from shell_image import load_shell_image
 
 from jobs.records import Manifest
 from jobs.spec import load
@@ -23,37 +22,11 @@ from runner.provenance import Checkout
 pytestmark = pytest.mark.docker
 
 IMAGE = "headroom-test/shell:runner"
-PROGRAMS = ("sh", "cat", "env", "id", "seq", "sleep", "tail", "touch")
-
-
-def shell_image() -> bytes:
-    """A tar of this machine's own shell and what it links to: nothing is pulled."""
-    buffer = io.BytesIO()
-    added = set()
-    with tarfile.open(fileobj=buffer, mode="w", dereference=True) as tar:
-        for program in PROGRAMS:
-            found = shutil.which(program)
-            tar.add(found, f"bin/{program}")
-            linked = subprocess.run(["ldd", found], capture_output=True, text=True, check=True)
-            for word in linked.stdout.split():
-                if word.startswith("/") and word not in added:
-                    added.add(word)
-                    tar.add(word, word.lstrip("/"))
-        for folder in ("tmp", "dev", "proc", "sys", "etc"):
-            made = tarfile.TarInfo(folder)
-            made.type, made.mode = tarfile.DIRTYPE, 0o1777
-            tar.addfile(made)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
 def image(docker_client):
-    docker_client.api.import_image_from_data(
-        shell_image(),
-        repository=IMAGE.partition(":")[0],
-        tag=IMAGE.partition(":")[2],
-        changes=['ENTRYPOINT ["/bin/sh", "/told/job.sh"]', "LABEL headroom.test=1"],
-    )
+    load_shell_image(docker_client, IMAGE)
     yield IMAGE
     docker_client.images.remove(IMAGE, force=True)
 

@@ -76,7 +76,7 @@ class Site:
         return path
 
     def world(self) -> World:
-        return World(trainer=trainer(STAND_IN), chips_lock=self.folder / "chips")
+        return World(trainer=trainer(STAND_IN), sweep_lock=self.folder / "chips")
 
     def call(self, command, target, *more, out=True):
         argv = ["sweep", command, target, *(("--out", self.dir) if out else ()), *more]
@@ -88,7 +88,7 @@ class Site:
         program = headroom(STAND_IN, "sweep", command, target, *more)
         program[2] = program[2].replace(
             "World(",
-            f"World(chips_lock=__import__('pathlib').Path({str(self.folder / 'chips')!r}), ",
+            f"World(sweep_lock=__import__('pathlib').Path({str(self.folder / 'chips')!r}), ",
         )
         return subprocess.Popen(
             program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder
