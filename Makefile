@@ -94,4 +94,5 @@ plan-table: setup ## Make docs/plan.md's table, predicted against hardware, agai
 
 clean: ## Remove what set-up and tests made (.venv, .cache); runs/ and logs/ stay
 	tests/docker_engine.sh stop .cache/engine
+	tests/docker_engine.sh stop .cache/drills
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -347,6 +347,7 @@ DRILLS = [
         fault="job names, run names, folders with quotes, newlines, ../",
         expected="names refused, folders as they are",
         run=hostile_names,
+        quick=False,
     ),
     *(
         Drill(

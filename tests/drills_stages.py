@@ -66,11 +66,17 @@ def _before(place: Place, *, stage: int, number: int) -> str:
 def _allowed(number: signal.Signals) -> set[str]:
     """Ends that are true: the job's own code, or that it was stopped or never started."""
     if number is signal.SIGKILL:
-        return {"-9: failed 3", "-9: lost 255, never started", "-9: no run"}
+        return {"137: failed 3", "137: lost 255, never started", "137: no run"}
     code = 128 + number
     stopped = f"{code}: interrupted {code}"
-    # Stopped; over before the signal; stopped before there was a run.
-    return {stopped, "5: failed 3", f"{code}: no run", f"{code}: interrupted 3"}
+    # Stopped; over before the signal; all written before it; stopped before there was a run.
+    return {
+        stopped,
+        "5: failed 3",
+        f"{code}: failed 3",
+        f"{code}: no run",
+        f"{code}: interrupted 3",
+    }
 
 
 def _at(place: Place, stage: int, number: signal.Signals) -> Told:
@@ -79,6 +85,7 @@ def _at(place: Place, stage: int, number: signal.Signals) -> Told:
     code = place.ended(
         place.run(place.folder / "job.yaml", before=_before(place, stage=stage, number=number))
     )
+    code = 128 - code if code < 0 else code  # as a shell tells it
     made = [path for path in runs.iterdir() if path.name not in before]
     if not made or not (made[0] / MANIFEST_FILE).exists():
         return f"{code}: no run", 0
@@ -100,7 +107,7 @@ DRILLS = [
         expected="ended, whole, nothing left",
         run=every_stage(number),
         docker=docker,
-        quick=number is not signal.SIGINT,
+        quick=number is signal.SIGKILL or (number is signal.SIGTERM and not docker),
     )
     for docker in (False, True)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
