@@ -26,6 +26,7 @@ from runner.terminal import (
     runs_option,
     say,
     settled,
+    where_option,
 )
 
 if TYPE_CHECKING:
@@ -46,13 +47,7 @@ OTHER_THAN_PLANNED = 4
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key.")
 @click.option("--from-env", is_flag=True, help="Take the SOP's variables (BATCH_SIZE, ...) too.")
-@click.option(
-    "--where",
-    type=click.Choice(["auto", "process", "docker"]),
-    default="auto",
-    show_default=True,
-    help="auto: Docker when a daemon answers, else a process.",
-)
+@where_option
 @click.option(
     "--verb",
     type=click.Choice(["train", "evaluate"]),

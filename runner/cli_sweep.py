@@ -21,6 +21,7 @@ from runner.terminal import (
     planner_errors,
     print_json,
     say,
+    where_option,
 )
 
 if TYPE_CHECKING:
@@ -129,13 +130,7 @@ def plan(world: World, *, target: Path, out: Path | None, as_json: bool, **plann
 @_out
 @_planner_options
 @click.option("--no-plan", is_flag=True, help="Plan nothing: take the plans that are there.")
-@click.option(
-    "--where",
-    type=click.Choice(["auto", "process", "docker"]),
-    default="auto",
-    show_default=True,
-    help="auto: Docker when a daemon answers, else a process.",
-)
+@where_option
 @click.option(
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key, on this host alone."
 )

@@ -126,6 +126,8 @@ def container_options(
         "shm_size": int(c.shm_gib * 2**30),
         "network_mode": c.network,
         "privileged": c.privileged,
+        # No set-uid program of an image makes the job more than its user.
+        "security_opt": [] if c.privileged else ["no-new-privileges"],
         # Without an init the trainer is PID 1, for which SIGTERM does nothing by default.
         "init": True,
         "log_config": _NO_ROTATION,

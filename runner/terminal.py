@@ -60,6 +60,13 @@ runs_option = click.option(
     help="The folder of runs; logs/ lies beside it.",
 )
 run_name = click.argument("name", metavar="RUN")
+where_option = click.option(
+    "--where",
+    type=click.Choice(["auto", "process", "docker"]),
+    default="auto",
+    show_default=True,
+    help="auto: Docker when a daemon answers, else a process.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -39,6 +39,7 @@ def test_a_cpu_job_gets_what_it_needs_and_nothing_more(tmp_path):
         "shm_size": 1073741824,
         "network_mode": "host",
         "privileged": False,
+        "security_opt": ["no-new-privileges"],
         "init": True,
         "log_config": {"type": "json-file", "config": {"max-size": "1p"}},
         "labels": {
@@ -89,7 +90,7 @@ def test_a_job_gets_the_device_files_of_its_accelerator(tmp_path, accelerator, f
         ("memory_gib: 1.5", {"mem_limit": 1610612736, "memswap_limit": 1610612736}),
         ("network: none", {"network_mode": "none"}),
         ("network: bridge", {"network_mode": "bridge"}),
-        ("privileged: true", {"privileged": True}),
+        ("privileged: true", {"privileged": True, "security_opt": []}),
         ("image: mine:1", {"image": "mine:1"}),
     ],
 )
