@@ -10,16 +10,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_smoke_job_finishes_a_step_in_the_container(headroom_image, tmp_path):
+def run(image, folder, *settings, **variables):
     headroom = str(Path(sys.executable).with_name("headroom"))
-    argv = [headroom, "run", str(ROOT / "jobs" / "smoke.yaml")]
-    argv += ["--where", "docker", "--set", f"container.image={headroom_image.tag}"]
     # Its own cache: the container must compile, not find what a process compiled for other cores.
-    argv += ["--set", f"cache_dir={tmp_path / 'cache'}"]
-    environment = {**os.environ, "DOCKER_HOST": headroom_image.engine.host}  # noqa: TID251
-    done = subprocess.run(
-        argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    settings = (f"container.image={image.tag}", f"cache_dir={folder / 'cache'}", *settings)
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return subprocess.run(
+        [headroom, "run", str(ROOT / "jobs" / "smoke.yaml"), "--where", "docker", *sets],
+        cwd=folder,
+        env={**os.environ, "DOCKER_HOST": image.engine.host, **variables},  # noqa: TID251
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+def test_the_smoke_job_finishes_a_step_in_the_container(headroom_image, tmp_path):
+    done = run(headroom_image, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     [run_dir] = (tmp_path / "runs").iterdir()
     log = (run_dir / "run.log").read_text()
@@ -36,3 +43,22 @@ def test_the_smoke_job_finishes_a_step_in_the_container(headroom_image, tmp_path
     assert step["grad_norm"] > 0
     latest = tmp_path / "logs" / "smoke_latest.log"
     assert latest.read_text() == log
+
+
+def test_a_secret_that_the_trainer_prints_is_starred_in_a_container_s_log(headroom_image, tmp_path):
+    token = "hf_a_token_of_this_test"  # noqa: S105
+    names = "container.pass_env=[HF_TOKEN, HF_HUB_OFFLINE]"
+    told = {"HF_TOKEN": token, "HF_HUB_OFFLINE": "1"}
+    done = run(headroom_image, tmp_path, f"model=nobody/{token}", names, **told)
+    assert done.returncode in (1, 4, 5)
+    [run_dir] = (tmp_path / "runs").iterdir()
+    log = (run_dir / "run.log").read_text()
+    assert "nobody/" + "*" * len(token) in log
+    left = [path for path in run_dir.iterdir() if path.name != "job.json" and path.is_file()]
+    assert [
+        path.name for path in left if token in path.read_text()
+    ] == []  # but as the model's name
+    status = json.loads((run_dir / "manifest.json").read_text())["exit_status"]
+    assert status["code"] == int(re.search(r"exit_status=(\d+)\n$", log).group(1))
+    ours = f"label=headroom.run={run_dir.name}"
+    assert headroom_image.engine.docker("ps", "--all", "--quiet", "--filter", ours) == ""
