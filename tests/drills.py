@@ -23,6 +23,7 @@ import docker
 
 from jobs.records import Manifest
 from runner import archive
+from runner.supervise import start_ticks
 from tests.docker_fixtures import CANNOT, REPOSITORY
 from tests.fakes import JOB
 from tests.shell_image import load_shell_image
@@ -111,7 +112,7 @@ class Engine:
         """End dockerd, and wait until it is gone."""
         pid = int((ENGINE_DIR / "pid").read_text())
         os.kill(pid, number)
-        until(lambda: _is_zombie(pid))
+        until(lambda: _has_ended(pid))
         if number == signal.SIGKILL:
             # Its containerd went with it; dockerd 20.10 takes one that nobody reaps for alive.
             run = Path(self.host.removeprefix("unix://")).parent
@@ -122,12 +123,9 @@ class Engine:
         subprocess.run([REPOSITORY / "tests/docker_engine.sh", "stop", ENGINE_DIR], check=True)
 
 
-def _is_zombie(pid: int) -> bool:
+def _has_ended(pid: int) -> bool:
     """It has ended, reaped or not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    return start_ticks(pid) is None
 
 
 @dataclass(kw_only=True)
@@ -284,7 +282,7 @@ class Place:
 
     def leaks(self) -> list[str]:
         """Containers that are still there."""
-        if self.engine is None:
+        if not self.engine:
             return []
         with self.engine.client() as client:
             return [c.name for c in client.containers.list(all=True)]
