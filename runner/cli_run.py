@@ -330,13 +330,14 @@ def _code_of(made: "RunDir", status: "ExitStatus | None") -> int:
 def _end(made: "RunDir", manifest: "Manifest", *, as_json: bool) -> int:
     """Say how the run ended and why, and give our exit code."""
     from runner import conclude
-    from runner import show as shown
 
     diagnosis = conclude.diagnosis_of(made)
     code = _code_of(made, manifest.exit_status)
     try:
         if as_json:
-            print_json(shown.as_data(made, manifest))
+            from runner.show import as_data
+
+            print_json(as_data(made, manifest))
         else:
             if diagnosis is not None:
                 print_diagnosis(diagnosis, as_json=False)

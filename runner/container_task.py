@@ -5,8 +5,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from docker import DockerClient
 from docker.errors import DockerException, NotFound
@@ -22,6 +24,8 @@ from runner.watch import write_out
 _PING_S = 10
 _RETRY_S = 1.0
 _END_LINES = 100
+_HEADER_BYTES = 8
+_CHUNK_BYTES = 1 << 16
 _KERNEL_LOG = Path("/dev/kmsg")
 
 
@@ -48,14 +52,64 @@ def copy_log(container: Container, log: Path, *, follow: bool) -> None:
     """
     skip = log.stat().st_size
     with log.open("ab", buffering=0) as file:
-        for data in container.logs(stream=True, follow=follow, stdout=True, stderr=True):
-            fresh = data[skip:]
+        for data in _log_of(container, follow=follow):
+            fresh = data[skip:] if skip else data
             skip = max(0, skip - len(data))
             if fresh:
                 try:
                     write_out(file, fresh)
                 except OSError as error:
                     raise LogNotWrittenError(error) from error
+
+
+def _log_of(container: Container, *, follow: bool) -> Iterator[bytes]:
+    """A container's log from its beginning, as it comes.
+
+    By the daemon's answer itself: docker-py reads it a header and a line at a time, and is slower
+    than `docker logs -f` (benchmarks/runner.py).
+    """
+    # Docker's client is untyped here; it is a requests.Session.
+    api = cast("Any", container.client).api
+    asked = {"follow": int(follow), "stdout": 1, "stderr": 1}
+    url = f"{api.base_url}/v{api.api_version}/containers/{container.id}/logs"
+    # A daemon may be silent for hours: only its answer's beginning has a deadline.
+    with api.get(url, params=asked, stream=True, timeout=(_PING_S, None)) as response:
+        if response.status_code == HTTPStatus.NOT_FOUND:
+            raise NotFound(f"no container {container.id}")
+        response.raise_for_status()
+        yield from frames(response.iter_content(_CHUNK_BYTES))
+
+
+def frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """What stands in a stream of frames, wherever it is cut.
+
+    A frame is one byte that names the stream, three of 0, the payload's size in four (big-endian),
+    and the payload; of a frame that is not whole what is there is not lost.
+
+    Source: Docker Engine API v1.41, "Attach to a container", stream format.
+
+    >>> b"".join(frames([b"\\1\\0\\0\\0\\0\\0\\0\\2a", b"b\\2\\0\\0", b"\\0\\0\\0\\0\\1c"]))
+    b'abc'
+    """
+    held, left = b"", 0
+    for chunk in chunks:
+        # Nearly always a chunk is one frame: a line that the daemon has flushed.
+        if not held and not left and len(chunk) - _HEADER_BYTES == int.from_bytes(chunk[4:8]):
+            yield chunk[_HEADER_BYTES:]
+            continue
+        data, at, payloads = held + chunk, 0, list[bytes]()
+        while True:
+            if left:
+                payload = data[at : at + left]
+                at, left = at + len(payload), left - len(payload)
+                payloads.append(payload)
+            if left or len(data) - at < _HEADER_BYTES:
+                break
+            left = int.from_bytes(data[at + 4 : at + _HEADER_BYTES])
+            at += _HEADER_BYTES
+        held = data[at:]
+        if payload := b"".join(payloads):
+            yield payload
 
 
 def complete_log(container: Container, log: Path) -> None:

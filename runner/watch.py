@@ -167,9 +167,11 @@ class Follower:
 
 def write_out(out: Sink, data: bytes) -> None:
     """Write all of it: a stream without a buffer may take less at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[out.write(view) or 0 :]
+    taken = out.write(data) or 0
+    if taken < len(data):
+        view = memoryview(data)[taken:]
+        while view:
+            view = view[out.write(view) or 0 :]
     out.flush()
 
 

@@ -1,5 +1,6 @@
 """Stand-ins for what a test cannot have: a trainer that does as it is told."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -65,28 +66,38 @@ class FakeContainer:
         if self.state["Running"]:
             raise ConnectionError("read timed out")
 
-    def logs(
-        self,
-        *,
-        stream: bool = False,
-        follow: bool = False,
-        tail: int | str = "all",
-        stdout: bool = True,
-        stderr: bool = True,
-    ) -> Iterator[bytes] | bytes:
-        """All pieces from the first, or the last lines in one."""
-        assert stdout
-        assert stderr
-        if stream:
-            return self._stream(follow=follow)
-        return b"".join(b"".join(self.pieces).splitlines(keepends=True)[-int(tail) :])
+    def logs(self, *, tail: int) -> bytes:
+        """The last lines."""
+        return b"".join(b"".join(self.pieces).splitlines(keepends=True)[-tail:])
 
-    def _stream(self, *, follow: bool) -> Iterator[bytes]:
-        if follow and self.breaks:
-            yield from self.pieces[: self.breaks.pop(0)]
-            return
-        yield from self.pieces
-        self.state |= {"Running": False, "Status": "exited"}
+    @property
+    def client(self) -> Any:
+        """Itself, also as the client's session and as the answer that a `get` has."""
+        return self
+
+    api, id, base_url, api_version, status_code = client, "fake", "http://fake", "1.41", 200
+
+    @contextlib.contextmanager
+    def get(self, url: str, *, params: dict[str, int], **_: Any) -> Iterator[Any]:
+        """The daemon's answer to a question for the log."""
+        assert url == "http://fake/v1.41/containers/fake/logs"
+        self.followed = params == {"follow": 1, "stdout": 1, "stderr": 1}
+        yield self
+
+    def raise_for_status(self) -> None:
+        """All is well."""
+
+    def iter_content(self, size: int) -> Iterator[bytes]:
+        """The pieces, each in a frame of its own, the stream cut where they are not."""
+        assert size
+        pieces = self.pieces[: self.breaks.pop(0)] if self.followed and self.breaks else None
+        whole = pieces is None
+        for piece in self.pieces if pieces is None else pieces:
+            frame = b"\1\0\0\0" + len(piece).to_bytes(4) + piece
+            yield frame[:5]
+            yield frame[5:]
+        if whole:
+            self.state |= {"Running": False, "Status": "exited"}
 
 
 class FakeClient:

@@ -1,13 +1,17 @@
+import itertools
+import struct
 from pathlib import Path
 
 import pytest
 from fakes import FakeClient, FakeContainer, write_job
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.records import Manifest
 from jobs.spec import load
 from runner.archive import RunDir
 from runner.container import cache_folders, container_options
-from runner.container_task import ContainerTask, complete_log, copy_log, state_status
+from runner.container_task import ContainerTask, complete_log, copy_log, frames, state_status
 
 RUN = Path("/data/my runs/20260119-084640-smoke-15154fc")
 SECRET = "hf_of_a_test"  # noqa: S105 - of nothing
@@ -189,6 +193,21 @@ def test_a_log_that_was_copied_in_part_is_completed_without_a_byte_twice(tmp_pat
     log.write_bytes(WHOLE[:size])
     copy_log(FakeContainer(CHUNKS), log, follow=False)
     assert log.read_bytes() == WHOLE
+
+
+@given(
+    st.lists(st.binary(max_size=20), max_size=6),
+    st.lists(st.integers(0, 200), max_size=8),
+    st.integers(0, 30),
+)
+def test_frames_give_their_payloads_wherever_the_stream_is_cut_or_ends(payloads, cuts, lost):
+    stream = b"".join(struct.pack(">B3xI", 1, len(payload)) + payload for payload in payloads)
+    stream = stream[: max(0, len(stream) - lost)]
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    shown = b"".join(frames(stream[a:b] for a, b in itertools.pairwise(places)))
+    whole = b"".join(payloads)
+    assert whole.startswith(shown)
+    assert len(whole) - len(shown) <= lost
 
 
 @pytest.mark.parametrize(("breaks", "away"), [((), 0), ((0,), 1), ((2, 2, 5), 2), ((5,), 0)])
