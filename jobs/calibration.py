@@ -9,6 +9,10 @@ from pydantic import ValidationError
 
 from jobs.records import Record
 
+# Owners in a ledger that come of it, and of no arithmetic.
+HELD = "runtime (measured)"
+BEYOND = "temporaries beyond the plan (measured)"
+
 
 class Calibration(Record):
     """What one run measured that no arithmetic tells. Bytes of one chip.

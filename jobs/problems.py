@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from jobs.source import NO_VALUE, Problem, Source
 
@@ -158,7 +158,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _field_default(model: type[BaseModel], names: list[str]) -> str:
     field = _part(model, names[:-1]).model_fields.get(names[-1]) if names else None
-    if field is None or field.is_required() or field.default is None:
+    if field is None or field.default in (None, PydanticUndefined):  # required, or made anew
         return ""
     return f" (default: {field.default})"
 

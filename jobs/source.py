@@ -135,6 +135,15 @@ def _read_yaml(text: str) -> Any:
     return value
 
 
+def _check_text(value: Any) -> None:
+    """Refuse half a character: "\\ud800" can be written, and no file can hold it.
+
+    Raises:
+        ValueError: there is one; the message tells where.
+    """
+    json.dumps(value, ensure_ascii=False, default=str).encode()
+
+
 def _values_of(value: object, known: dict[int, int]) -> int:
     """How many values a tree spells out; a part that stands in many places is counted once."""
     if isinstance(value, dict):
@@ -180,6 +189,7 @@ def parse_file(path: Path) -> dict[str, Any] | Problem:
         text = path.read_text(encoding="utf-8")
         # job.json is no YAML: JSON spells characters beyond 16 bits as two, which YAML leaves so.
         tree: Any = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+        _check_text(tree)
     except FileNotFoundError:
         return refuse("there is no such file; the jobs that come along are in jobs/")
     except (OSError, UnicodeDecodeError) as error:
@@ -235,6 +245,7 @@ def read_override(override: str, source: Source) -> None:
         return
     try:
         value = _read_yaml(text)
+        _check_text(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if isinstance(value, dict):

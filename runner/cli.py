@@ -241,8 +241,8 @@ def calibrate(*, name: str, cache_dir: Path | None, runs: Path, as_json: bool) -
     plan = measured.plan_of(found, manifest)
     rows = measured.compare(plan, found, conclude.diagnosis_of(found)) if plan is not None else []
     cache_dir = cache_dir or Path(DEFAULT_CACHE_DIR).expanduser()
-    kept = conclude.keep_calibration(found, manifest, cache_dir)
-    if kept is None and not rows:
+    taught = measured.calibration(found, manifest)
+    if taught is None and not rows:
         raise Refused(
             f"{found.name} measured no HBM that could be compared: it has no samples of a TPU "
             f"({HBM_FILE}), or no plan of its job"
@@ -251,8 +251,16 @@ def calibrate(*, name: str, cache_dir: Path | None, runs: Path, as_json: bool) -
         print_json([row.model_dump(mode="json") for row in rows])
     else:
         shown.print_measured(rows, console())
-    if kept is not None:
-        say(f"plans of its accelerator count on it from now on: {kept}")
+    if taught is None:
+        return
+    try:
+        kept = measured.keep(taught, cache_dir)
+    except OSError as error:
+        raise Refused(f"what it measured is not kept: {error}; see --cache-dir") from error
+    say(
+        f"plans for {kept.accelerator} by libtpu {kept.libtpu} count on {kept.run}"
+        + ("" if kept == taught else ", which is later")
+    )
 
 
 def _with_log(runs: Path, name: str) -> tuple["RunDir", "Manifest"]:

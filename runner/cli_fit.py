@@ -13,6 +13,7 @@ from runner.terminal import (
     World,
     console,
     json_option,
+    limit_option,
     load_job,
     pass_world,
     planner_errors,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="sglang-jax's embedding and head: as in the SOP's build, or as in PyPI's 0.0.2.",
 )
-@click.option("--limit", default=900.0, show_default=True, help="Seconds for all of it.")
+@limit_option
 @click.option("--out", type=click.Path(path_type=Path), help="The file to write; JOB.fit.yaml.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @json_option

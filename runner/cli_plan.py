@@ -13,6 +13,7 @@ from runner.terminal import (
     World,
     console,
     json_option,
+    limit_option,
     load_job,
     pass_world,
     picture_errors,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--what-if", type=click.Choice(["accelerators"]), help="A line for each TPU type.")
 @click.option("--png", type=click.Path(path_type=Path), help="Draw the ledger into this file.")
 @click.option("--html", type=click.Path(path_type=Path), help="The same, with every number.")
-@click.option("--limit", default=900.0, show_default=True, help="Seconds for all of it.")
+@limit_option
 @json_option
 @pass_world
 def plan(  # noqa: PLR0913 - click hands in each option by its name

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from jobs.spec import Job
     from runner.archive import RunDir
 
-TOLERANCE_GIB = 0.25  # of --strict-plan
 OTHER_THAN_PLANNED = 4
 
 
@@ -76,12 +75,17 @@ OTHER_THAN_PLANNED = 4
 )
 @click.option(
     "--strict-plan",
-    is_flag=False,
-    flag_value=TOLERANCE_GIB,
-    type=click.FloatRange(min=0.0),
-    metavar="[GIB]",
+    is_flag=True,
     help="Plan first, run only what fits, and fail where a chip differs from the plan by more than "
-    f"so much ({TOLERANCE_GIB:g} GiB when not said).",
+    "--tolerance.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0.0, max=1024.0),
+    default=0.25,
+    show_default=True,
+    metavar="GIB",
+    help="Of --strict-plan.",
 )
 @runs_option
 @json_option
@@ -98,7 +102,8 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     retries: int,
     preemptions: int,
     refit: bool,
-    strict_plan: float | None,
+    strict_plan: bool,
+    tolerance: float,
     runs: Path,
     as_json: bool,
 ) -> None:
@@ -124,7 +129,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     from runner.conclude import diagnosis_of
     from runner.retry import Budget, again
 
-    if strict_plan is not None and verb != "train":
+    if strict_plan and verb != "train":
         raise click.UsageError("--strict-plan plans the training: leave --verb out.")
     job_file, overrides, before = _asked(runs, job_file, resume, overrides, from_env=from_env)
     load = partial(load_job, job_file, overrides, from_env=from_env)
@@ -135,7 +140,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         verb=verb,
         runs=runs,
         as_json=as_json,
-        strict=strict_plan is not None,
+        strict=strict_plan,
     )
     made, manifest = attempt(load, retry_of=before)
     budget = Budget(retries=retries, preemptions=preemptions)
@@ -161,7 +166,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
             load = partial(load_job, fitted, ("checkpoint.resume=null",), from_env=False)
             made, manifest = attempt(load, retry_of=made.name)
     code = _end(made, manifest, as_json=as_json)
-    sys.exit(code or (_held_to_plan(made, manifest, strict_plan) if strict_plan is not None else 0))
+    sys.exit(code or (_held_to_plan(made, manifest, tolerance) if strict_plan else 0))
 
 
 def _asked(

@@ -1,7 +1,10 @@
 """Close a run that has ended: its archive, and the named cause where it failed."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from jobs.aftermath import BLACK_BOX_FILE, NOTICE_FILE
 from jobs.records import PLAN_FILE, Diagnosis, ExitStatus, Manifest
@@ -33,20 +36,12 @@ def conclude(run: RunDir, status: ExitStatus) -> Manifest:
         manifest = run.finish(status)
     except (OSError, NoSuchRunError) as error:
         raise NotFinishedError(run, status, error) from error
-    if (cache_dir := run.cache_dir()) is not None:
-        keep_calibration(run, manifest, cache_dir)
+    taught, cache_dir = measured.calibration(run, manifest), run.cache_dir()
+    if taught is not None and cache_dir is not None:
+        # A run's end matters more than what the next plan could learn from it.
+        with contextlib.suppress(OSError):
+            measured.keep(taught, cache_dir)
     return manifest
-
-
-def keep_calibration(run: RunDir, manifest: Manifest, cache_dir: Path) -> Path | None:
-    """Where the planner finds what the run measured; None where it measured nothing, or no room."""
-    found = measured.calibration(run, manifest)
-    if found is None:
-        return None
-    try:
-        return measured.keep(found, cache_dir)
-    except OSError:  # a run's end matters more than what the next plan could learn from it
-        return None
 
 
 def beside(folder: Path) -> dict[str, Any]:
@@ -86,5 +81,7 @@ def explain(run: RunDir, manifest: Manifest) -> Diagnosis:
 
 def diagnosis_of(run: RunDir) -> Diagnosis | None:
     """The cause that was found when the run ended; None where it was not looked for."""
-    record = run.read_json(run.diagnosis_file)
-    return None if record is None else Diagnosis.model_validate(record)
+    try:
+        return Diagnosis.model_validate(run.read_json(run.diagnosis_file))
+    except ValidationError:  # there is none, or it is another version's
+        return None

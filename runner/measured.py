@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from jobs.accelerators import ACCELERATORS
-from jobs.calibration import Calibration, calibration_file
+from jobs.calibration import BEYOND, Calibration, calibration_file, read_calibration
 from jobs.records import HBM_FILE, PLAN_FILE, Diagnosis, HbmSample, Manifest, MemoryPlan
 from runner.archive import RunDir, write_whole
 from runner.sweep_row import Measured
@@ -67,11 +67,19 @@ def _sampled(plan: MemoryPlan, samples: Sequence[HbmSample]) -> list[Measured]:
         if inside and phase in plan.phases:
             most = max(max(s.in_use_bytes) for s in inside)
             found.append(_measured(f"in use before {phase}", _resident(plan, phase), most))
-    reserved = samples[-1].peak_reserved_bytes
-    if reserved is not None and plan.programs:
-        planned = max(program.reserved_bytes for program in plan.programs.values())
-        found.append(_measured("temporaries of the largest program", planned, max(reserved)))
+    beyond = max((owners.get(BEYOND, 0) for owners in plan.phases.values()), default=0)
+    if (of_program := _largest_program(plan, samples)) is not None:
+        planned, most = of_program
+        found.append(_measured("temporaries of the largest program", planned + beyond, most))
     return found
+
+
+def _largest_program(plan: MemoryPlan, samples: Sequence[HbmSample]) -> tuple[int, int] | None:
+    """Bytes of the largest program's temporaries, by the compiler and by the runtime."""
+    reserved = samples[-1].peak_reserved_bytes if samples else None
+    if reserved is None or not plan.programs:
+        return None
+    return max(program.reserved_bytes for program in plan.programs.values()), max(reserved)
 
 
 def _resident(plan: MemoryPlan, phase: str) -> int:
@@ -79,7 +87,7 @@ def _resident(plan: MemoryPlan, phase: str) -> int:
     return sum(
         size
         for owner, size in plan.phases[phase].items()
-        if owner not in _NOT_YET and not _is_programs(plan, owner)
+        if owner not in (*_NOT_YET, BEYOND) and not _is_programs(plan, owner)
     )
 
 
@@ -120,10 +128,8 @@ def calibration(run: RunDir, manifest: Manifest) -> Calibration | None:
     plan = plan_of(run, manifest)
     beyond = None
     if plan is not None:
-        beyond = next(
-            (m.error_bytes for m in _sampled(plan, samples) if m.what.startswith("temporaries")),
-            None,
-        )
+        of_program = _largest_program(plan, samples)
+        beyond = None if of_program is None else of_program[1] - of_program[0]
     return Calibration(
         accelerator=accelerator,
         libtpu=libtpu,
@@ -134,9 +140,16 @@ def calibration(run: RunDir, manifest: Manifest) -> Calibration | None:
     )
 
 
-def keep(found: Calibration, cache_dir: Path) -> Path:
-    """Write a calibration where the planner looks for it."""
+def keep(found: Calibration, cache_dir: Path) -> Calibration:
+    """Write a calibration where the planner looks for it, unless a later run's is there.
+
+    Returns:
+        the one that plans count on now.
+    """
+    before = read_calibration(cache_dir, accelerator=found.accelerator, libtpu=found.libtpu)
+    if before is not None and before.measured > found.measured:
+        return before
     file = calibration_file(cache_dir, accelerator=found.accelerator, libtpu=found.libtpu)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(found.model_dump(), indent=2) + "\n")
-    return file
+    return found

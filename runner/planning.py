@@ -26,6 +26,8 @@ from runner.environment import TRAINER, here, process_environment
 from runner.watch import Interrupts, Say, watch
 
 DOES_NOT_FIT = 3
+LIMIT_S = 900.0
+"""Seconds for a plan, or a search, where nobody says."""
 _WROTE_A_PLAN = (0, DOES_NOT_FIT)
 _GRACE_S = 10.0  # from SIGTERM, or from the end of its own time, to SIGKILL
 _PLANS: TypeAdapter[list[MemoryPlan]] = TypeAdapter(list[MemoryPlan])

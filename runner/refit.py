@@ -11,7 +11,7 @@ from runner.watch import Interrupts, Say
 
 REFIT_FILE = "refit.yaml"
 _ASKED = planning.FitAsked(
-    margin_gib=1.0, exact=False, quick=False, engine_weights="sharded", limit_s=900.0
+    margin_gib=1.0, exact=False, quick=False, engine_weights="sharded", limit_s=planning.LIMIT_S
 )
 
 

@@ -3,14 +3,14 @@
 import contextlib
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import JsonValue, ValidationError
 
-from jobs.records import Diagnosis, Manifest, Record, StepRecord
+from jobs.records import Diagnosis, Manifest, StepRecord
 from runner import measured
 from runner.archive import RunDir
+from runner.conclude import diagnosis_of
 from runner.show import records
 from runner.sweep_row import Outcome, Row
 
@@ -36,7 +36,7 @@ def outcome_of(manifest: Manifest, diagnosis: Diagnosis | None) -> Outcome:
 
 def row_of(run: RunDir, manifest: Manifest) -> Row:
     """What is known of a run; a file that cannot be read, or is another version's, is left out."""
-    diagnosis = _read(Diagnosis, run, run.diagnosis_file)
+    diagnosis = diagnosis_of(run)
     plan = measured.plan_of(run, manifest)
     steps: list[StepRecord] = []
     for line in records(run.steps_file):
@@ -58,13 +58,6 @@ def row_of(run: RunDir, manifest: Manifest) -> Row:
         manifest=manifest,
         diagnosis=diagnosis,
     )
-
-
-def _read[R: Record](kind: type[R], run: RunDir, file: Path) -> R | None:
-    record = run.read_json(file)
-    with contextlib.suppress(ValidationError):
-        return None if record is None else kind.model_validate(record)
-    return None
 
 
 def _dotted(values: Mapping[str, Any], above: str = "") -> list[tuple[str, JsonValue]]:

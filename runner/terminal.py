@@ -60,6 +60,14 @@ runs_option = click.option(
     help="The folder of runs; logs/ lies beside it.",
 )
 run_name = click.argument("name", metavar="RUN")
+limit_option = click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For all of it.",
+)
 where_option = click.option(
     "--where",
     type=click.Choice(["auto", "process", "docker"]),

@@ -297,3 +297,8 @@ def test_letters_that_are_swapped_are_put_right_first(tmp_path):
     path.write_text("name: x\naccelerator: cpu\nmodel: tiny\ntrain: {loss: gpro}\n")
     with pytest.raises(spec.JobError, match="did you mean 'grpo'"):
         spec.load(path)
+
+
+def test_half_a_character_is_refused(tmp_path):
+    [line] = problems(tmp_path, MINIMAL + 'system_prompt: "\\ud800"')
+    assert "surrogates not allowed" in line

@@ -9,12 +9,13 @@ from jobs import spec
 from jobs.calibration import read_calibration
 from jobs.records import PLAN_FILE, HbmSample
 from runner import archive, measured
-from runner.conclude import conclude
+from runner.conclude import conclude, diagnosis_of
 from runner.diagnose import diagnose
 from runner.ending import of_process
 from runner.provenance import Checkout
 from tests.test_runner_cli import OOM, call
 from tests.test_trainer_plan import GIB, JOBS, known_update
+from trainer.calibration import calibrated
 from trainer.plan import Options, plan
 
 CHIPS = 4
@@ -141,3 +142,46 @@ def test_calibrate_refuses_a_run_that_measured_nothing(run, tmp_path):
     assert done.exit_code == 1
     assert "measured no HBM that could be compared" in done.output
     assert not list(tmp_path.glob("**/calibration"))
+
+
+def test_a_plan_that_has_been_calibrated_is_right_about_the_same_chips(planned, run, tmp_path):
+    (run.path / PLAN_FILE).write_text(planned.model_dump_json())
+    sampled(run, (-1, "load", 0.25), (0, "update", 25.0))
+    taught = measured.calibration(run, run.manifest())
+    again = calibrated(planned, taught)
+    before, now = (
+        {m.what: m for m in measured.compare(plan, run, None)} for plan in (planned, again)
+    )
+    largest = "temporaries of the largest program"
+    assert before[largest].error_bytes == taught.reserved_beyond_plan_bytes > 0
+    assert now[largest].error_bytes == 0
+    # What the runtime keeps is in the plan now; what programs took too much is not in use before.
+    held = now["in use before update"].planned_bytes - before["in use before update"].planned_bytes
+    assert held == int(0.25 * GIB)
+    # And a run that was planned so teaches the same, not nothing.
+    (run.path / PLAN_FILE).write_text(again.model_dump_json())
+    assert measured.calibration(run, run.manifest()) == taught
+
+
+def test_an_earlier_run_does_not_take_a_later_one_s_place(planned, run, tmp_path):
+    sampled(run, (-1, "load", 0.25))
+    run.finish(of_process(0, stopped=False, refusal=False))
+    taught = measured.calibration(run, run.manifest())
+    earlier = taught.model_copy(update={"run": "earlier", "measured": "2025-01-01T00:00:00+00:00"})
+    assert measured.keep(taught, tmp_path) == taught
+    assert measured.keep(earlier, tmp_path) == taught
+    assert read_calibration(tmp_path, accelerator="v4-8", libtpu="0.0.32.1") == taught
+
+
+def test_a_calibration_that_cannot_be_kept_is_told(run, tmp_path):
+    sampled(run, (-1, "load", 0.25))
+    run.finish(of_process(0, stopped=False, refusal=False))
+    (tmp_path / "file").touch()
+    done = call(tmp_path, "calibrate", run.name, "--cache-dir", tmp_path / "file" / "x")
+    assert done.exit_code == 1
+    assert "what it measured is not kept" in done.output
+
+
+def test_a_diagnosis_of_another_version_is_none(run):
+    run.diagnosis_file.write_text('{"old": 1}')
+    assert diagnosis_of(run) is None

@@ -51,8 +51,8 @@ RESIDENT = (
         (["--strict-plan"], 0.2, 0),
         (["--strict-plan"], 0.3, 4),
         (["--strict-plan"], -0.3, 4),
-        (["--strict-plan", "0.5"], 0.3, 0),
-        (["--strict-plan=0.1"], 0.2, 4),
+        (["--strict-plan", "--tolerance", "0.5"], 0.3, 0),
+        (["--strict-plan", "--tolerance=0.1"], 0.2, 4),
         ([], 5, 0),
     ],
 )

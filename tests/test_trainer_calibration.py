@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from jobs.calibration import calibration_file
+from jobs.calibration import BEYOND, HELD, calibration_file
 from jobs.records import gib
 from tests.test_trainer_plan import GIB, OURS, a_job, known_update
-from trainer.calibration import BEYOND, HELD
 from trainer.libtpu import versions
 from trainer.plan import Options, plan
 

@@ -1,10 +1,7 @@
 """A plan, with what runs on real chips have measured added to its ledger. Pure."""
 
-from jobs.calibration import Calibration
+from jobs.calibration import BEYOND, HELD, Calibration
 from jobs.records import MemoryPlan, gib
-
-HELD = "runtime (measured)"
-BEYOND = "temporaries beyond the plan (measured)"
 
 
 def calibrated(plan: MemoryPlan, measured: Calibration) -> MemoryPlan:
