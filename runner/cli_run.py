@@ -151,7 +151,8 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         progress=_did_a_step(made),
         stopped=made.stop_file.exists(),
     ):
-        say(f"{made.name}: {then.why}; again in {then.after_s:g} s (Ctrl-C: no more)")
+        anew = "" if _go_on(made) else ", from the beginning: it left no checkpoint"
+        say(f"{made.name}: {then.why}; again in {then.after_s:g} s{anew} (Ctrl-C: no more)")
         world.pause(then.after_s)
         budget = then.left
         # As it was first read: the file may be another by now.

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,16 @@ def test_all_else_goes_through_byte_for_byte(data, cuts):
 
 def test_each_line_of_a_secret_of_several_lines_is_one():
     redactor = Redactor([b'{\n "key": "0123456789",\n}'])
-    assert redactor.whole(b'x "key": "0123456789", {') == b"x********************* {"
+    assert redactor.whole(b'x "key": "0123456789", {') == b"x ******************** {"
 
 
-def test_short_values_are_no_secrets():
-    assert not Redactor([b"offline", b""])
+def test_a_secret_is_known_as_libraries_read_it():
+    redactor = Redactor([b" hf_0123456789\r"])
+    assert redactor.whole(b"[hf_0123456789]") == b"[*************]"
+
+
+def test_short_values_and_blanks_are_no_secrets():
+    assert not Redactor([b"offline", b"", b" " * 9, b"{\n" + b"-" * 9])
 
 
 def test_the_values_are_those_of_the_names_that_the_job_has(tmp_path):
@@ -61,6 +67,8 @@ def test_the_values_are_those_of_the_names_that_the_job_has(tmp_path):
     redactor = redactor_of(job, {"HF_TOKEN": "hf_0123456789", "OTHER": "another_value"})
     assert redactor.whole(b"hf_0123456789 another_value") == b"************* another_value"
     assert not redactor_of(tmp_path / "none.json", {})
+    told = redactor_of(tmp_path / "none.json", {"https_proxy": "http://me:pass_word@host:1"})
+    assert told.whole(b"me:pass_word@") == b"me:*********@"
     job.write_text("[]")
     assert not redactor_of(job, {})
 
@@ -98,12 +106,42 @@ def process(program, **options):
         ("os.write(1, b'hf_012'); os.kill(os.getpid(), signal.SIGKILL)", -9, b"hf_012"),
         # A child that outlives the trainer does not hold up its end.
         ("subprocess.Popen(['sleep', '60']); os.write(1, b'gone')", 0, b"gone"),
+        # It may close its output, and go on.
+        ("os.write(1, b'gone'); os.close(1); os.close(2); time.sleep(1); return 3", 3, b"gone"),
     ],
 )
 def test_it_ends_as_the_program_ends_with_all_of_its_output(program, code, shown):
     made = process(program)
     out, _ = made.communicate(timeout=30)
     assert (out, made.returncode) == (shown, code)
+
+
+def test_a_child_that_goes_on_writing_does_not_hold_up_the_end_either():
+    made = process("subprocess.Popen(['sh', '-c', 'while sleep 0.05; do echo x; done']); return 3")
+    began = time.monotonic()
+    try:
+        assert made.wait(timeout=60) == 3
+    finally:
+        made.stdout.close()  # ends it: nobody reads any more
+    assert time.monotonic() - began < 50
+
+
+def test_the_job_goes_on_where_its_output_finds_no_room():
+    argv = [sys.executable, "-c", GUARDED.format(program="print('x' * 10**6); return 70")]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(argv, cwd=REPOSITORY, stdout=full, timeout=60, check=False)
+    assert done.returncode == 70
+
+
+def test_nobody_is_left_where_the_outer_process_is_killed():
+    made = process("print(os.getpid(), flush=True); time.sleep(600)")
+    child = Path("/proc") / made.stdout.readline().decode().strip() / "cmdline"
+    made.kill()
+    made.communicate(timeout=30)
+    deadline = time.monotonic() + 30
+    while child.exists() and child.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_signal_is_passed_on():

@@ -15,6 +15,7 @@ from pathlib import Path
 from jobs.records import FAILURE_FILE, JOB_FILE, Failure
 from jobs.spec import Job, JobError, load
 from trainer import libtpu, notice, redact
+from trainer.files import write_record
 from trainer.hang import watchdog
 from trainer.refusal import Refusal
 from trainer.stop import Stopped, Stops
@@ -66,23 +67,23 @@ def run(verb: str, job: Job, run_dir: Path, stops: Stops) -> None:
                 train.evaluate_only(job, run_dir, phases)
         except Exception as error:
             if blackbox.is_of_memory(error):
-                blackbox.write(job, run_dir, error, where=phases)
+                secrets = redact.redactor_of(run_dir / JOB_FILE, os.environ)
+                blackbox.write(job, run_dir, error, where=phases, show=secrets.text)
             raise
         finally:
             phase, step = phases.phase, phases.step
     except Stopped:
         raise
     except (Exception, SystemExit) as error:  # libraries end the program, too
+        secrets = redact.redactor_of(run_dir / JOB_FILE, os.environ)
         failure = Failure(
             kind=type(error).__name__,
-            message=str(error),
+            message=secrets.text(str(error)),
             phase=phase,
             step=step,
-            traceback=traceback.format_exc(),
+            traceback=secrets.text(traceback.format_exc()),
         )
-        text = failure.model_dump_json(indent=2) + "\n"
-        secrets = redact.redactor_of(run_dir / JOB_FILE, os.environ)
-        (run_dir / FAILURE_FILE).write_bytes(secrets.whole(text.encode()))
+        write_record(run_dir / FAILURE_FILE, failure.model_dump_json(indent=2))
         raise
 
 

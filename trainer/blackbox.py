@@ -54,7 +54,14 @@ def is_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def write(job: Job, run_dir: Path, error: BaseException, *, where: Any) -> None:
+def write(
+    job: Job,
+    run_dir: Path,
+    error: BaseException,
+    *,
+    where: Any,
+    show: Callable[[str], str] = lambda text: text,
+) -> None:
     """Write blackbox.json, and say it in a line. Whatever goes wrong here is only told.
 
     Args:
@@ -62,9 +69,12 @@ def write(job: Job, run_dir: Path, error: BaseException, *, where: Any) -> None:
         run_dir: where to.
         error: what the runtime said.
         where: the loop's `Phases`.
+        show: takes secrets out of a text.
     """
     try:
         found = record(job, error, phase=where.phase, step=where.step, holds=where.holds)
+        texts = {"error": show(found.error), "notes": [show(note) for note in found.notes]}
+        found = found.model_copy(update=texts)
         write_record(run_dir / BLACK_BOX_FILE, found.model_dump_json(indent=2))
         log.info(
             "black box: %s alive on %s: %s", gib(found.live_bytes), found.device, BLACK_BOX_FILE

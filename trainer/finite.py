@@ -50,10 +50,14 @@ def check_learned(
         return
     file = run_dir / BAD_BATCH_FILE
     arrays: dict[str, Any] = contents(said, batch=batch, rolled=rolled, step=step, update=update)
-    np.savez_compressed(file, **arrays)
+    where = f"is in {file}"
+    try:
+        np.savez_compressed(file, **arrays)
+    except OSError as error:
+        where = f"could not be written: {error}"
     raise LossError(
         f"loss = {said.loss}, gradient norm = {said.grad_norm}: the update is not finite; its "
-        f"batch is in {file}; lower train.learning_rate, or start from weights that are finite"
+        f"batch {where}; lower train.learning_rate, or start from weights that are finite"
     )
 
 

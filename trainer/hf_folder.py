@@ -263,6 +263,8 @@ def write_hf_folder(
         raise ModelError(
             f"{folder}: there is something already; name a folder that is new or empty"
         )
+    if folder.is_symlink() or folder.is_mount():
+        raise ModelError(f"{folder} cannot be put in place at once: name a folder below it")
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:

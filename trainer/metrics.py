@@ -63,6 +63,8 @@ class Metrics:
                 mode=m.wandb,
                 dir=run_dir,
                 config=job.model_dump(mode="json"),
+                # It would take the log before secrets are out of it (redact.py).
+                settings=wandb.Settings(console="off"),
             )
         if m.tensorboard:
             from tensorboardX import SummaryWriter  # noqa: PLC0415

@@ -4,19 +4,26 @@ A process of its own, because the trainer can end in the middle of a line (libtp
 kills), and what it had printed must still arrive. Only jobs that are handed secrets have one.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import re
+import resource
 import select
 import signal
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 LEAST = 8
 """Characters of a value that is taken for a secret; shorter ones would star out common words."""
 
 _CHUNK = 1 << 16
-_SILENCE_S = 0.2  # what a child of the trainer may still write after the trainer has ended
+_SILENCE_S = 0.2
+_AFTER_S = 2.0  # for which a child of the trainer may still write after the trainer has ended
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Redactor:
@@ -28,10 +35,11 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[bytes]) -> None:
-        """Know the secrets, and each line of those that have several."""
-        parts = {part for secret in secrets for part in (secret, *secret.split(b"\n"))}
+        """Know the secrets, as libraries read them, and each line of those that have several."""
+        parts = {part.strip() for secret in secrets for part in (secret, *secret.splitlines())}
+        known = {part for part in parts if len(part) >= LEAST and re.search(rb"\w", part)}
         # The longest first: one may be the beginning of another.
-        self._secrets = sorted((p for p in parts if len(p) >= LEAST), key=len, reverse=True)
+        self._secrets = sorted(known, key=len, reverse=True)
         # Looking ahead it finds those that begin inside another, too.
         either = b"|".join(map(re.escape, self._secrets)) or b"(?!)"
         self._pattern = re.compile(b"(?=(" + either + b"))")
@@ -43,7 +51,7 @@ class Redactor:
 
     def whole(self, data: bytes) -> bytes:
         """The same of all there is."""
-        if not self._pattern.search(data):
+        if not self._is_in(data):
             return data
         shown = bytearray(data)
         for found in self._pattern.finditer(data):
@@ -55,9 +63,10 @@ class Redactor:
         """What can be shown by now; what may be the beginning of a secret is held back."""
         text = self._held + data
         cut = len(text) - self._begun(text)
-        for begin, end in reversed([found.span(1) for found in self._pattern.finditer(text)]):
-            if begin < cut < end:
-                cut = begin
+        if self._is_in(text):
+            for begin, end in reversed([found.span(1) for found in self._pattern.finditer(text)]):
+                if begin < cut < end:
+                    cut = begin
         self._held = text[cut:]
         return self.whole(text[:cut])
 
@@ -66,26 +75,39 @@ class Redactor:
         rest, self._held = self._held, b""
         return self.whole(rest)
 
+    def text(self, text: str) -> str:
+        """The same of a text."""
+        return self.whole(text.encode(errors="surrogateescape")).decode(errors="surrogateescape")
+
+    def _is_in(self, data: bytes) -> bool:
+        # Much faster than the pattern where there is none, as nearly always.
+        return any(secret in data for secret in self._secrets)
+
     def _begun(self, text: bytes) -> int:
         """Bytes at the end that are the beginning, but not the whole, of a secret."""
-        longest = len(self._secrets[0]) - 1 if self._secrets else 0
-        for size in range(min(longest, len(text)), 0, -1):
-            tail = text[-size:]
-            if any(len(s) > size and s.startswith(tail) for s in self._secrets):
-                return size
-        return 0
+        longest = 0
+        for secret in self._secrets:
+            tail = text[-(len(secret) - 1) :]
+            at = tail.find(secret[:1])
+            while at >= 0 and not secret.startswith(tail[at:]):
+                at = tail.find(secret[:1], at + 1)
+            if at >= 0:
+                longest = max(longest, len(tail) - at)
+        return longest
 
 
 def redactor_of(job_file: Path, environment: Mapping[str, str]) -> Redactor:
-    """One for the values that the job is handed by container.pass_env.
+    """One for the values that the job is handed by container.pass_env, and a proxy's password.
 
     It reads the one key by itself: whatever else is wrong with the file is told by who loads it.
     """
+    proxies = (urlsplit(v) for k, v in environment.items() if k.lower().endswith("_proxy"))
+    values = [proxy.password for proxy in proxies if proxy.password]
     try:
         names = json.loads(job_file.read_bytes())["container"]["pass_env"]
-        values = [environment[name] for name in names if name in environment]
+        values += [environment[name] for name in names if name in environment]
     except (OSError, ValueError, KeyError, TypeError):
-        return Redactor([])
+        pass
     return Redactor([os.fsencode(value) for value in values])
 
 
@@ -100,15 +122,23 @@ def guarded(program: Callable[[], int], redactor: Redactor) -> int:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        # Where this process is killed nobody may be left that stops the child.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         os.close(reading)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         os.close(writing)
         return program()
     os.close(writing)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold the secrets
+    # The child is reaped last of all, so its number stays its own until then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
-    status = _copy(reading, child, redactor)
+    _copy(reading, child, redactor)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -118,25 +148,29 @@ def guarded(program: Callable[[], int], redactor: Redactor) -> int:
     return os.WEXITSTATUS(status)
 
 
-def _copy(reading: int, child: int, redactor: Redactor) -> int:
-    """Copy the child's output to our own until both have ended, and tell how it ended."""
-    status: int | None = None
+def _copy(reading: int, child: int, redactor: Redactor) -> None:
+    """Copy the child's output to our own until nobody writes any more, or the child has ended.
+
+    What it left behind may hold its output open, and go on writing: only what was there shortly
+    after its end is copied.
+    """
+    deadline: float | None = None
     while True:
         ready, _, _ = select.select([reading], [], [], _SILENCE_S)
-        if ready:
-            data = os.read(reading, _CHUNK)
-            _write(redactor.feed(data) if data else redactor.end())
-            if not data:
-                return os.waitpid(child, 0)[1] if status is None else status
-        elif status is not None:  # some child of the child lives on, and is silent
-            _write(redactor.end())
-            return status
-        if status is None:
-            done, ended = os.waitpid(child, os.WNOHANG)
-            status = ended if done else None
+        data = os.read(reading, _CHUNK) if ready else b""
+        ended = bool(ready and not data) or (deadline is not None and not ready)
+        late = deadline is not None and time.monotonic() >= deadline
+        if ended or late:
+            _write(redactor.feed(data) + redactor.end())
+            return
+        _write(redactor.feed(data))
+        if deadline is None and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            deadline = time.monotonic() + _AFTER_S
 
 
 def _write(data: bytes) -> None:
+    """Write all of it; where there is no room it is lost, and the job goes on, as without us."""
     view = memoryview(data)
-    while view:
-        view = view[os.write(1, view) :]
+    with contextlib.suppress(OSError):
+        while view:
+            view = view[os.write(1, view) :]

@@ -23,6 +23,7 @@ class Stops:
     def __init__(self) -> None:
         self.number: int | None = None
         self._held = 0
+        self._stopping = False  # once is enough: a second signal must not cut off the last save
 
     def __call__(self, number: int, _frame: object) -> None:
         """Take a signal.
@@ -30,12 +31,16 @@ class Stops:
         Raises:
             Stopped: nothing holds it off.
         """
-        self.number = number
         name = signal.Signals(number).name
+        if self._stopping:
+            log.info("%s: stopping already", name)
+            return
+        self.number = number
         if self._held:
             log.info("%s: stopping as soon as the state is whole", name)
             return
         log.info("stopped by %s", name)
+        self._stopping = True
         raise Stopped(128 + number)
 
     def notice(self, text: str, note: Callable[[], None]) -> None:
@@ -52,8 +57,12 @@ class Stops:
         if self.number is not None:
             return
         log.info("%s", text)
-        note()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        try:
+            note()
+        except OSError as error:
+            log.warning("that could not be written down: %s", error)
+        finally:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -68,4 +77,5 @@ class Stops:
         finally:
             self._held -= 1
         if self.number is not None and not self._held:
+            self._stopping = True
             raise Stopped(128 + self.number)
