@@ -92,11 +92,13 @@ def ask_next(grid: Grid, open_: AbstractSet[str], busy: Iterable[str] = ()) -> s
 
     Args:
         grid: the cells.
-        open_: those without an answer.
-        busy: those that are being asked. A cell that an answer of theirs may settle waits for it.
+        open_: those without an answer, of this grid and others.
+        busy: those of this grid that are being asked. A cell that an answer of theirs may settle
+            waits for it.
     """
     waits = {name for asked in busy for name in grid.below(asked) | grid.above(asked)}
-    if not open_ - waits:
+    askable = (open_ & grid.ranks.keys()) - waits
+    if not askable:
         return None
     below = _sums(grid, open_, step=1)
     above = _sums(grid, open_, step=-1)
@@ -105,7 +107,7 @@ def ask_next(grid: Grid, open_: AbstractSet[str], busy: Iterable[str] = ()) -> s
         down, up = below[grid.ranks[name]], above[grid.ranks[name]]
         return min(down, up), down + up
 
-    return max((name for name in grid.ranks if name in open_ - waits), key=worth)
+    return max((name for name in grid.ranks if name in askable), key=worth)
 
 
 def _sums(grid: Grid, open_: AbstractSet[str], *, step: int) -> dict[Ranks, int]:

@@ -151,6 +151,19 @@ def test_a_planned_matrix_has_every_verdict_and_few_plans(site):
     assert every.exit_code == 0
 
 
+def test_named_cells_and_a_matrix_are_planned_several_at_once(site):
+    text = f"cells: {{a: {{}}, b: {{set: {{rollout.prompts_per_step: 64}}}}}}\n{AXES}"
+    done = site.call("plan", site.write(text), "--parallel", "3")
+    assert done.exit_code == 0, done.output
+    rows = site.rows()
+    assert len(rows) == 18
+    for row in rows.values():
+        prompts = row.settings.get("rollout.prompts_per_step", 4)
+        tokens = row.settings.get("rollout.max_completion_tokens", 8)
+        assert row.planned == ("fits" if prompts * tokens <= 64 else "does_not_load")
+    assert len(site.asked("plan")) == len(set(site.asked("plan"))) < 18
+
+
 def test_a_sweep_of_which_nothing_fits_ends_with_3_and_one_whose_planner_breaks_with_5(site):
     assert (
         site.call("plan", site.write("cells: {a: {set: {rollout.prompts_per_step: 64}}}")).exit_code
