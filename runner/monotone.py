@@ -63,11 +63,12 @@ def grids(places: Mapping[str, Place], monotone: Sequence[str]) -> list[Grid]:
 def _grid(cells: Mapping[str, Place], monotone: Sequence[str]) -> Grid:
     if not all(axis in place for place in cells.values() for axis in monotone):
         monotone = ()
-    axes = [sorted({_number(place[axis]) for place in cells.values()}) for axis in monotone]
+    axes: list[dict[float, int]] = []
+    for axis in monotone:
+        values = sorted({_number(place[axis]) for place in cells.values()})
+        axes.append({value: rank for rank, value in enumerate(values)})
     ranks = {
-        name: tuple(
-            values.index(_number(place[axis])) for axis, values in zip(monotone, axes, strict=True)
-        )
+        name: tuple(rank[_number(place[axis])] for axis, rank in zip(monotone, axes, strict=True))
         for name, place in cells.items()
     }
     names = {at: name for name, at in ranks.items()}
@@ -164,6 +165,7 @@ def contradictions(grid: Grid, answers: Mapping[str, bool]) -> list[tuple[str, s
     found: list[tuple[str, str]] = []
     for name in grid.ranks:
         if answers.get(name) is False:
-            wrong = [n for n in grid.ranks if answers.get(n) is True and n in grid.above(name)]
+            above = grid.above(name)
+            wrong = [n for n in grid.ranks if answers.get(n) is True and n in above]
             found += [(name, n) for n in wrong[:1]]
     return found
