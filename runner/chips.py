@@ -61,7 +61,7 @@ def hold(lock: Path, run_dir: Path, *, client: DockerClient | None) -> Generator
         ChipsHeldError: another run has them.
         OSError: the file cannot be made or written.
     """
-    handle = _open(lock)
+    handle = open_shared(lock)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,12 @@ def hold(lock: Path, run_dir: Path, *, client: DockerClient | None) -> Generator
         os.close(handle)
 
 
-def _open(lock: Path) -> int:
+def open_shared(lock: Path) -> int:
+    """A lock file that every user of the host can open and write, whoever made it.
+
+    Raises:
+        OSError: it cannot be made or opened.
+    """
     # Not O_CREAT where it is there: the kernel forbids that for another user's file in a folder
     # like /tmp (fs.protected_regular).
     with contextlib.suppress(FileNotFoundError):

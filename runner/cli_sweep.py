@@ -18,6 +18,7 @@ from runner.terminal import (
     console,
     json_option,
     pass_world,
+    picture_errors,
     planner_errors,
     print_json,
     say,
@@ -56,7 +57,13 @@ def _planner_options[F: Callable[..., Any]](command: F) -> F:
             show_default=True,
             help="As of headroom plan.",
         ),
-        click.option("--limit", default=900.0, show_default=True, help="Seconds for one plan."),
+        click.option(
+            "--limit",
+            type=click.FloatRange(min=0, min_open=True),
+            default=900.0,
+            show_default=True,
+            help="Seconds for one plan.",
+        ),
         click.option(
             "--every-cell",
             is_flag=True,
@@ -108,8 +115,8 @@ def expand(*, target: Path, out: Path | None, as_json: bool) -> None:
 def plan(world: World, *, target: Path, out: Path | None, as_json: bool, **planner: Any) -> None:
     """Plan every cell, several at once, and no more of them than needed.
 
-    Exit codes: 0 some cell fits (or none has HBM), 1 refused, 2 usage, 3 no cell fits, 5 the
-    planner failed for all.
+    Exit codes: 0 some cell fits (or is without HBM, and no other has a plan), 1 refused, 2 usage,
+    3 no cell fits, 5 the planner failed for all that it was asked.
 
     \b
     headroom sweep plan jobs/oom_sweep.yaml --parallel 4
@@ -119,10 +126,10 @@ def plan(world: World, *, target: Path, out: Path | None, as_json: bool, **plann
         _plan(world, found, **planner)
         rows = _read(found)
         _show(rows, as_json=as_json)
-    verdicts = {row.planned for row in rows.rows} - {None, "refused"}
-    if not verdicts or "fits" in verdicts:
+    verdicts = {row.planned for row in rows.rows}
+    if "fits" in verdicts or (None in verdicts and verdicts <= {None, "refused"}):
         sys.exit(0)
-    sys.exit(5 if verdicts == {"failed"} else 3)
+    sys.exit(5 if verdicts - {None, "refused"} == {"failed"} else 3)
 
 
 @sweep.command()
@@ -135,7 +142,12 @@ def plan(world: World, *, target: Path, out: Path | None, as_json: bool, **plann
     "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key, on this host alone."
 )
 @click.option("--only", multiple=True, metavar="NAME", help="Run this cell; may be repeated.")
-@click.option("--again", multiple=True, metavar="NAME", help="Run this cell although it has run.")
+@click.option(
+    "--again",
+    multiple=True,
+    metavar="NAME",
+    help="Run this cell although it has run; may be repeated.",
+)
 @click.option("--share", metavar="K/N", help="Run the share of the Kth of N hosts, from 1.")
 @click.option("--run-anyway", is_flag=True, help="Cells, too, that are planned not to fit.")
 @json_option
@@ -168,7 +180,7 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
     headroom sweep run sweeps/oom_sweep --share 1/2 --no-plan
     """
     from runner import archive, launch, sweep_run
-    from runner.sweep import held
+    from runner.sweep_lock import held
     from runner.watch import Interrupts
 
     asked = sweep_run.Asked(
@@ -181,17 +193,20 @@ def run(  # noqa: PLR0913 - click hands in each option by its name
         every_cell=bool(planner["every_cell"]),
     )
     with _refusals(), _at_work(target, out) as found:
-        sweep_run.selected(found, asked)
-        if not no_plan:
-            _plan(world, found, **planner)
         try:
-            with (
-                held(world.sweep_lock, "runs a sweep on this machine already"),
-                Interrupts() as interrupts,
-            ):
-                left = sweep_run.run(
-                    found, asked, say=say, trainer=world.program(), interrupts=interrupts
-                )
+            with held(world.lock_of_sweeps(), "runs a sweep on this machine already"):
+                names = sweep_run.check(found, asked)
+                if not no_plan:
+                    _plan(world, found, names=names, **planner)
+                with Interrupts() as interrupts:
+                    left = sweep_run.run(
+                        found,
+                        asked,
+                        say=say,
+                        trainer=world.program(),
+                        interrupts=interrupts,
+                        chips_lock=world.lock(),
+                    )
         except (launch.HostNotFit, archive.NotFinishedError) as error:
             raise Refused(str(error)) from error
         except sweep_run.StoppedError as error:
@@ -245,6 +260,7 @@ def report(
     headroom sweep report sweeps/oom_sweep --csv - --html sweep.html
     """
     from runner import sweep_table
+    from runner.archive import write_whole
 
     to_stdout = csv_file is not None and str(csv_file) == "-"
     if to_stdout and as_json:
@@ -254,13 +270,14 @@ def report(
         if html is not None:
             from runner.report import write_sweep
 
-            write_sweep(rows, html)
+            with picture_errors():
+                write_sweep(rows, html)
             say(f"page: {html}")
         if to_stdout:
             click.echo(sweep_table.csv_text(rows), nl=False)
             return
         if csv_file is not None:
-            csv_file.write_text(sweep_table.csv_text(rows), encoding="utf-8")
+            write_whole(csv_file, sweep_table.csv_text(rows))
         _show(rows, as_json=as_json)
 
 
@@ -284,7 +301,11 @@ def _found(target: Path, out: Path | None) -> "SweepDir":
         if out is not None:
             raise click.UsageError("--out is for a FILE: a folder is where it is")
         return folder.open_folder(target)
-    return folder.open_folder(out or Path("sweeps") / read(target).name)
+    return folder.open_folder(out or _folder_of(read(target).name))
+
+
+def _folder_of(name: str) -> Path:
+    return Path("sweeps") / name
 
 
 @contextmanager
@@ -292,15 +313,16 @@ def _at_work(target: Path, out: Path | None) -> "Generator[SweepDir]":
     """The sweep's folder, held; of a file, expanded."""
     from runner import sweep as folder
     from runner.sweep_file import expand as read
+    from runner.sweep_lock import held_folder
 
     if target.is_dir():
         found = _found(target, out)
-        with folder.held_folder(found.path):
+        with held_folder(found.path):
             yield found
         return
     expanded = read(target)
-    path = out or Path("sweeps") / expanded.name
-    with folder.held_folder(path):
+    path = out or _folder_of(expanded.name)
+    with held_folder(path):
         found, notes = folder.expand(expanded, path)
         for note in notes:
             say(note)
@@ -316,6 +338,7 @@ def _plan(  # noqa: PLR0913 - the options of the planner
     engine_weights: str,
     limit: float,
     every_cell: bool,
+    names: "list[str] | None" = None,
 ) -> None:
     from runner import planning, sweep_plan
     from runner.watch import Interrupts
@@ -323,7 +346,7 @@ def _plan(  # noqa: PLR0913 - the options of the planner
     how = planning.Asked(
         quick=quick, engine_weights=engine_weights, advice=False, what_if=False, limit_s=limit
     )
-    asked = sweep_plan.Asked(how=how, parallel=parallel, every_cell=every_cell)
+    asked = sweep_plan.Asked(how=how, parallel=parallel, every_cell=every_cell, names=names)
     with planner_errors(), Interrupts() as interrupts:
         sweep_plan.plan(found, asked, say=say, interrupts=interrupts, trainer=world.program())
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import JsonValue
@@ -21,13 +22,18 @@ def places(
     >>> list(places({"a": [1, 2], "b": [3, 4]}, [{"a": 2}, {"b": 3}]))
     [{'a': 1, 'b': 4}]
     """
-    out = [{key: text_of(value) for key, value in place.items()} for place in exclude]
+    # By their axes: exclusions are many where they are written by a program, their axes few.
+    out: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for place in exclude:
+        axes = tuple(sorted(place))
+        out.setdefault(axes, set()).add(tuple(text_of(place[axis]) for axis in axes))
+    out = {axes: texts for axes, texts in out.items() if all(axis in matrix for axis in axes)}
     if not matrix:
         return
     for values in itertools.product(*matrix.values()):
         place = dict(zip(matrix, values, strict=True))
         texts = {key: text_of(value) for key, value in place.items()}
-        if not any(one.items() <= texts.items() for one in out):
+        if not any(tuple(texts[axis] for axis in axes) in left for axes, left in out.items()):
             yield place
 
 
@@ -48,9 +54,7 @@ def named(found: Sequence[Place]) -> list[str]:
     """
     keys = _short_keys(list(found[0])) if found else {}
     names = [_name(keys, place) for place in found]
-    counted: dict[str, int] = {}
-    for name in names:
-        counted[name.casefold()] = counted.get(name.casefold(), 0) + 1
+    counted = Counter(name.casefold() for name in names)
     number = len(str(len(found)))
     made = [
         name
@@ -67,7 +71,8 @@ def named(found: Sequence[Place]) -> list[str]:
 def _short_keys(keys: list[str]) -> dict[str, str]:
     """The last part of each key; all of it where several end alike; initials where that is long."""
     last = {key: key.rpartition(".")[2] for key in keys}
-    short = {k: v if list(last.values()).count(v) == 1 else k for k, v in last.items()}
+    alike = Counter(last.values())
+    short = {k: v if alike[v] == 1 else k for k, v in last.items()}
     # Values of 8 characters beside each.
     if sum(len(v) + 10 for v in short.values()) <= _MAX_NAME:
         return short

@@ -63,11 +63,12 @@ def grids(places: Mapping[str, Place], monotone: Sequence[str]) -> list[Grid]:
 def _grid(cells: Mapping[str, Place], monotone: Sequence[str]) -> Grid:
     if not all(axis in place for place in cells.values() for axis in monotone):
         monotone = ()
-    axes = [sorted({_number(place[axis]) for place in cells.values()}) for axis in monotone]
+    axes: list[dict[float, int]] = []
+    for axis in monotone:
+        values = sorted({_number(place[axis]) for place in cells.values()})
+        axes.append({value: rank for rank, value in enumerate(values)})
     ranks = {
-        name: tuple(
-            values.index(_number(place[axis])) for axis, values in zip(monotone, axes, strict=True)
-        )
+        name: tuple(rank[_number(place[axis])] for axis, rank in zip(monotone, axes, strict=True))
         for name, place in cells.items()
     }
     names = {at: name for name, at in ranks.items()}
@@ -92,11 +93,13 @@ def ask_next(grid: Grid, open_: AbstractSet[str], busy: Iterable[str] = ()) -> s
 
     Args:
         grid: the cells.
-        open_: those without an answer.
-        busy: those that are being asked. A cell that an answer of theirs may settle waits for it.
+        open_: those without an answer, of this grid and others.
+        busy: those of this grid that are being asked. A cell that an answer of theirs may settle
+            waits for it.
     """
     waits = {name for asked in busy for name in grid.below(asked) | grid.above(asked)}
-    if not open_ - waits:
+    askable = (open_ & grid.ranks.keys()) - waits
+    if not askable:
         return None
     below = _sums(grid, open_, step=1)
     above = _sums(grid, open_, step=-1)
@@ -105,7 +108,7 @@ def ask_next(grid: Grid, open_: AbstractSet[str], busy: Iterable[str] = ()) -> s
         down, up = below[grid.ranks[name]], above[grid.ranks[name]]
         return min(down, up), down + up
 
-    return max((name for name in grid.ranks if name in open_ - waits), key=worth)
+    return max((name for name in grid.ranks if name in askable), key=worth)
 
 
 def _sums(grid: Grid, open_: AbstractSet[str], *, step: int) -> dict[Ranks, int]:
@@ -162,6 +165,7 @@ def contradictions(grid: Grid, answers: Mapping[str, bool]) -> list[tuple[str, s
     found: list[tuple[str, str]] = []
     for name in grid.ranks:
         if answers.get(name) is False:
-            wrong = [n for n in grid.ranks if answers.get(n) is True and n in grid.above(name)]
+            above = grid.above(name)
+            wrong = [n for n in grid.ranks if answers.get(n) is True and n in above]
             found += [(name, n) for n in wrong[:1]]
     return found

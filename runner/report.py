@@ -21,7 +21,7 @@ from runner import chart, plan_table
 from runner.archive import write_whole
 from runner.diagnose import arithmetic
 from runner.show import ending_text, when
-from runner.sweep_row import Row, Sweep
+from runner.sweep_row import DOES_NOT_FIT, Row, Sweep
 
 _GIB = 2**30
 _STEPS = 24  # rows of a table of steps; more are left out evenly
@@ -95,7 +95,7 @@ def against_plan(row: Row) -> bool:
     """The plan promised one thing, and the run did the other."""
     if row.planned == "fits":
         return row.outcome == "out_of_hbm"
-    return row.planned in ("does_not_load", "engine_refused") and row.outcome == "fits"
+    return row.planned in DOES_NOT_FIT and row.outcome == "fits"
 
 
 @dataclass(frozen=True)

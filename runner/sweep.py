@@ -8,12 +8,8 @@ sweeps/NAME/cells/CELL/result.json   how its run ended, or why it was not run
 sweeps/NAME/cells/CELL/earlier-N/    runs of another job that the cell once was
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +18,18 @@ import yaml
 from pydantic import JsonValue, ValidationError
 
 from jobs.records import PLAN_FILE, Record
-from jobs.source import parse_file
+from jobs.source import Problem, parse_file
 from jobs.spec import Job, load
-from runner import archive
+from runner import archive, status
 from runner.archive import RunDir, write_whole
 from runner.sweep_file import Cell, Expanded, SweepError
+from runner.sweep_lock import LOCK_FILE
 from runner.sweep_row import Outcome, Planned
 
 SWEEP_FILE = "sweep.json"
 JOB_YAML = "job.yaml"
 PLANNED_FILE = "planned.json"
 RESULT_FILE = "result.json"
-_LOCK_FILE = "lock"
 
 
 class CellRecord(Record):
@@ -153,8 +149,24 @@ class CellDir:
 
         Raises:
             JobError: the job is refused.
+            SweepError: see `tree`.
+        """
+        self._vouch()
+        return load(self.job_file, overrides=overrides)
+
+    def tree(self) -> dict[str, Any]:
+        """The keys of its job, as written.
+
+        Raises:
             SweepError: job.yaml is not the one that sweep.json tells of.
         """
+        self._vouch()
+        tree = parse_file(self.job_file)
+        if isinstance(tree, Problem):
+            raise SweepError(str(tree))
+        return tree
+
+    def _vouch(self) -> None:
         try:
             found = _sha256(self.job_file.read_bytes())
         except OSError as error:
@@ -164,7 +176,6 @@ class CellDir:
                 f"{self.job_file} is not what was expanded: change the sweep file instead, and "
                 "expand that again"
             )
-        return load(self.job_file, overrides=overrides)
 
     def planned(self) -> PlannedRecord | None:
         """How it was planned, if it was, as the job that it is now."""
@@ -234,42 +245,6 @@ def open_folder(path: Path) -> SweepDir:
     return SweepDir(path, record)
 
 
-@contextlib.contextmanager
-def held(path: Path, what: str) -> Generator[None]:
-    """Hold a lock file until the `with` ends, or its process does.
-
-    Args:
-        path: of the file; made where it is missing, and left there.
-        what: is done by whoever holds it, in words.
-
-    Raises:
-        SweepError: another holds it; the message has its process id.
-    """
-    try:
-        # Where anybody may write, a file of another user is not opened with O_CREAT.
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SweepError(f"process {path.read_text().strip()} {what} ({path})") from error
-        with contextlib.suppress(OSError):  # another user's
-            path.write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def held_folder(folder: Path) -> Generator[None]:
-    """Hold a sweep's folder: nobody else expands, plans or runs in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / _LOCK_FILE, f"is at work on this sweep already, in {folder}"):
-        yield
-
-
 def expand(sweep: Expanded, folder: Path) -> tuple[SweepDir, list[str]]:
     """Write a sweep's cells into its folder, which we hold; and what a person should know.
 
@@ -277,13 +252,19 @@ def expand(sweep: Expanded, folder: Path) -> tuple[SweepDir, list[str]]:
     are put aside.
 
     Raises:
-        SweepError: the folder is of another sweep, or a changed cell still runs.
+        SweepError: the folder is of another sweep; a changed cell still runs, or that cannot be
+            told.
     """
     before = _before(sweep, folder)
     texts = {cell.name: _yaml(cell.tree) for cell in sweep.cells}
     record = _record(sweep, {name: _sha256(text.encode()) for name, text in texts.items()})
     made = SweepDir(folder, record)
-    notes = _put_aside(before, made) if before else []
+    notes: list[str] = []
+    if before is not None:
+        notes = _put_aside(before.cells, made.cells)
+    elif (folder / SWEEP_FILE).exists():
+        notes = [f"{folder / SWEEP_FILE} cannot be read, or is another version's: it is made anew"]
+        notes += _put_aside(_as_they_lie(made), made.cells)
     for cell, asked in zip(made.cells.values(), sweep.cells, strict=True):
         cell.path.mkdir(parents=True, exist_ok=True)
         text = texts[cell.name]
@@ -296,21 +277,36 @@ def expand(sweep: Expanded, folder: Path) -> tuple[SweepDir, list[str]]:
 
 
 def _before(sweep: Expanded, folder: Path) -> SweepDir | None:
-    """What lies in the folder already."""
+    """What lies in the folder already; None also where its sweep.json cannot be read."""
     if not (folder / SWEEP_FILE).exists():
-        strange = [path.name for path in folder.iterdir() if path.name not in (_LOCK_FILE, "cells")]
+        strange = [path.name for path in folder.iterdir() if path.name not in (LOCK_FILE, "cells")]
         if strange:
             raise SweepError(
                 f"{folder} holds {strange[0]} and is no sweep's: name another folder with --out"
             )
         return None
-    before = open_folder(folder)
-    if before.record.name != sweep.name:
+    record = _read(SweepRecord, folder / SWEEP_FILE)
+    if record is None:
+        return None
+    if record.name != sweep.name:
         raise SweepError(
-            f"{folder} is the sweep {before.record.name}'s, this is {sweep.name}: name another "
-            "folder with --out"
+            f"{folder} is the sweep {record.name}'s, this is {sweep.name}: name another folder "
+            "with --out"
         )
-    return before
+    return SweepDir(folder, record)
+
+
+def _as_they_lie(made: SweepDir) -> dict[str, CellDir]:
+    """The cells as their own files tell of them, where no sweep.json does."""
+    found: dict[str, CellDir] = {}
+    for name, cell in made.cells.items():
+        if cell.job_file.is_file():
+            digest = _sha256(cell.job_file.read_bytes())
+            record = cell.record.model_copy(update={"job_sha256": digest})
+            result = _read(ResultRecord, cell.path / RESULT_FILE)
+            run_sha256 = result.run_sha256 if result else _run_sha256(record, made.record)
+            found[name] = CellDir(cell.path, record, run_sha256)
+    return found
 
 
 def _record(sweep: Expanded, digests: dict[str, str]) -> SweepRecord:
@@ -336,17 +332,11 @@ def _cell_record(cell: Cell, digest: str) -> CellRecord:
     )
 
 
-def _put_aside(before: SweepDir, made: SweepDir) -> list[str]:
+def _put_aside(was: dict[str, CellDir], now: dict[str, CellDir]) -> list[str]:
     """Take away what cells have of jobs that they no longer are, and tell."""
-    now, was = made.cells, before.cells
     other = [n for n, cell in was.items() if n in now and cell.run_sha256 != now[n].run_sha256]
     for name in other:
-        run = was[name].newest()
-        if run is not None and run.manifest().exit_status is None:
-            raise SweepError(
-                f"cell {name} still runs, as the job that it was: headroom cancel {run.name} "
-                f"--runs {was[name].runs} first"
-            )
+        _see_ended(was[name])
     notes: list[str] = []
     for name in (n for n in was if n in now):
         if was[name].planned() and not now[name].planned():
@@ -359,6 +349,24 @@ def _put_aside(before: SweepDir, made: SweepDir) -> list[str]:
             notes.append(f"{name}: its job has changed, its runs are now in {_earlier(now[name])}")
     gone = [name for name in was if name not in now]
     return [*notes, *(f"{n}: no longer in the sweep; its folder is left there" for n in gone)]
+
+
+def _see_ended(cell: CellDir) -> None:
+    run = cell.newest()
+    if run is None:
+        return
+    try:
+        ended = status.settle(run).exit_status is not None
+    except (status.CannotTellError, archive.NoSuchRunError) as error:
+        raise SweepError(
+            f"cell {cell.name} is another job now, and whether {run.name} has ended cannot be told:"
+            f" {error}; once nothing of it runs, move {run.path} away"
+        ) from error
+    if not ended:
+        raise SweepError(
+            f"cell {cell.name} still runs, as the job that it was: headroom cancel {run.name} "
+            f"--runs {cell.runs} first"
+        )
 
 
 def _earlier(cell: CellDir) -> str:

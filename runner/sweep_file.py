@@ -7,7 +7,8 @@ found when the cell is planned, or run.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,7 +107,9 @@ def expand(path: Path) -> Expanded:
     """
     tree = parse_file(path)
     if isinstance(tree, Problem):
-        raise SweepError(str(tree).replace("not a job file", "not a sweep file"))
+        text = tree.text.replace("not a job file", "not a sweep file")
+        text = text.removesuffix("; the jobs that come along are in jobs/")
+        raise SweepError(str(replace(tree, text=text)))
     source = Source(tree=tree, origins={}, default_origin=str(path), readable=True)
     parsed = parse(SweepFile, source, noun="sweep")
     if parsed.problems:
@@ -139,18 +142,18 @@ def _form(sweep: SweepFile) -> Iterator[tuple[str, str]]:
     matrix = math.prod(len(values) for values in sweep.matrix.values()) if sweep.matrix else 0
     if not sweep.cells and not sweep.matrix:
         yield "cells", "there are no cells: write some below cells, or axes below matrix"
-    for axis, values in sweep.matrix.items():
-        if not values:
-            yield axis, f"matrix: {axis} has no values: write some, or leave the axis out"
-        texts = [text_of(value) for value in values]
-        if twice := [text for text in texts if texts.count(text) > 1]:
-            yield axis, f"matrix: {axis} has {twice[0]} twice: leave one out"
     total = len(sweep.cells) + matrix
     if total > MAX_CELLS:
         sizes = " x ".join(f"{len(values)} ({key})" for key, values in sweep.matrix.items())
         text = f"{total} cells ({len(sweep.cells)} named, matrix {sizes}): {MAX_CELLS} at most"
         yield "matrix", text
         return
+    for axis, values in sweep.matrix.items():
+        if not values:
+            yield axis, f"matrix: {axis} has no values: write some, or leave the axis out"
+        counted = Counter(text_of(value) for value in values)
+        if twice := next((text for text, times in counted.items() if times > 1), None):
+            yield axis, f"matrix: {axis} has {twice} twice: leave one out"
     yield from _form_of_axes(sweep)
     yield from _form_of_monotone(sweep)
     if sweep.plan_for is not None and (text := _no_hbm(sweep.plan_for)):
@@ -158,7 +161,8 @@ def _form(sweep: SweepFile) -> Iterator[tuple[str, str]]:
 
 
 def _form_of_axes(sweep: SweepFile) -> Iterator[tuple[str, str]]:
-    found = list(places(sweep.matrix, ()))
+    axes = {axis: {text_of(value) for value in values} for axis, values in sweep.matrix.items()}
+    found = list(places(sweep.matrix, sweep.exclude))
     known = ", ".join(sweep.matrix) or "none"
     for excluded in sweep.exclude:
         shown = text_of(dict(excluded))
@@ -167,11 +171,12 @@ def _form_of_axes(sweep: SweepFile) -> Iterator[tuple[str, str]]:
             yield "exclude", f"exclude: {strange[0]!r} is no axis of the matrix; its axes: {known}"
         elif not excluded:
             yield "exclude", "exclude: {} is every cell of the matrix: leave it out"
-        elif len(list(places(sweep.matrix, [excluded]))) == len(found):
+        elif not all(text_of(value) in axes[axis] for axis, value in excluded.items()):
             yield "exclude", f"exclude: {shown} matches no cell of the matrix"
-    if found and all(sweep.exclude) and not list(places(sweep.matrix, sweep.exclude)):
-        yield "exclude", f"exclude leaves none of the {len(found)} cells of the matrix"
-    ours = {name.casefold(): name for name in named(list(places(sweep.matrix, sweep.exclude)))}
+    every = math.prod(map(len, sweep.matrix.values())) if sweep.matrix else 0
+    if every and all(sweep.exclude) and not found:
+        yield "exclude", f"exclude leaves none of the {every} cells of the matrix"
+    ours = {name.casefold(): name for name in named(found)}
     seen: dict[str, str] = {}
     for name in sweep.cells:
         other = ours.get(name.casefold()) or seen.get(name.casefold())
@@ -235,10 +240,28 @@ def _wrong_settings(
         for value in values:
             yield from _wrong_setting(bases[sweep.job], key, value, f"{path}: matrix")
     for override in sweep.run_set:
-        source = _changed(bases[sweep.job], {})
-        read_override(override, source)
-        key = override.partition("=")[0]
-        yield from _problems_of(source, key, f"{path}: run_set: {override}")
+        yield from _wrong_override(bases[sweep.job], override, f"{path}: run_set: {override}")
+
+
+def check_sets(base: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """See that each --set is of a key and a value that jobs take, by itself.
+
+    Args:
+        base: the keys of one of the jobs.
+        overrides: key=value each.
+
+    Raises:
+        SweepError: some are not.
+    """
+    wrong = [p for text in overrides for p in _wrong_override(base, text, f"--set {text}")]
+    if wrong:
+        raise SweepError(_lines(wrong))
+
+
+def _wrong_override(base: Mapping[str, Any], override: str, origin: str) -> list[Problem]:
+    source = _changed(base, {})
+    read_override(override, source)
+    return _problems_of(source, override.partition("=")[0], origin)
 
 
 def _wrong_setting(
@@ -246,6 +269,9 @@ def _wrong_setting(
 ) -> list[Problem]:
     if not all(key.split(".")):
         text = f"{key!r} is not of the form key.path, as in train.micro_batch_size"
+        return [Problem("", NO_VALUE, text, origin=origin)]
+    if key == "name":
+        text = "name is the cell's own, its folder's too: leave it out"
         return [Problem("", NO_VALUE, text, origin=origin)]
     if isinstance(value, dict):
         text = f"{key} sets a group of keys: set them one by one, as in {key}.name"

@@ -1,6 +1,7 @@
 """Plan a sweep's cells, several at once, and no more of them than needed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -9,11 +10,10 @@ from jobs.records import MemoryPlan, gib
 from runner import planning
 from runner.monotone import Grid, ask_next, grids, told
 from runner.sweep import CellDir, PlannedRecord, SweepDir
-from runner.sweep_row import Planned
+from runner.sweep_row import DOES_NOT_FIT, Planned
 from runner.watch import Interrupts, Say
 
 FITS = "fits"
-DOES_NOT_FIT = ("does_not_load", "engine_refused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,13 @@ class Asked:
         how: to plan each cell.
         parallel: children at once.
         every_cell: those, too, of which others tell.
+        names: of the cells to plan; None: all.
     """
 
     how: planning.Asked
     parallel: int
     every_cell: bool
+    names: Sequence[str] | None = None
 
 
 def answer_of(verdict: Planned | None) -> bool | None:
@@ -68,12 +70,27 @@ def answers_of(verdicts: Mapping[str, Planned]) -> dict[str, bool]:
 class Open:
     """The cells that have no answer yet, as answers come.
 
+    Args:
+        sweep: whose.
+        every_cell: no cell is settled by another's answer.
+        alone: nor are these.
+        names: of the cells that need an answer; None: all.
+
     Attributes:
         left: their names.
     """
 
-    def __init__(self, sweep: SweepDir, *, every_cell: bool) -> None:
-        self.left = {cell.name for cell in sweep.record.cells}
+    def __init__(
+        self,
+        sweep: SweepDir,
+        *,
+        every_cell: bool,
+        alone: AbstractSet[str] = frozenset(),
+        names: Sequence[str] | None = None,
+    ) -> None:
+        every = [cell.name for cell in sweep.record.cells]
+        self.left = set(every if names is None else names)
+        self._alone = alone
         self._grids = order_of(sweep)
         self._grid_of = {name: grid for grid in self._grids for name in grid.ranks}
         self._every_cell = every_cell
@@ -82,7 +99,7 @@ class Open:
         """A cell has its answer, None where it tells nothing of others; those it settled."""
         told_of = {name}
         if fits is not None and not self._every_cell:
-            told_of |= self._grid_of[name].settled(name, fits=fits)
+            told_of |= self._grid_of[name].settled(name, fits=fits) - self._alone
         told_of &= self.left
         self.left -= told_of
         return told_of
@@ -109,7 +126,7 @@ def plan(
         PlanStoppedError: a signal came; what was planned by then is kept.
         SweepError: a cell's job is not the one that was expanded.
     """
-    cells, open_ = sweep.cells, Open(sweep, every_cell=asked.every_cell)
+    cells, open_ = sweep.cells, Open(sweep, every_cell=asked.every_cell, names=asked.names)
     for name, cell in cells.items():
         _answer_of_before(cell, asked.how, open_, name)
     planner = _Planner(asked.how, say, interrupts, trainer)
@@ -155,7 +172,7 @@ def _answer_of_before(cell: CellDir, how: planning.Asked, open_: Open, name: str
     found = _kept(cell, how)
     if found is not None:
         open_.answer(name, answer_of(found.verdict))
-    elif cell.record.planned_for is None:
+    elif cell.record.planned_for is None and name in open_.left:
         if refusal := _refusal(cell):
             _keep(cell, how, "refused", said=refusal)
         open_.answer(name, None)

@@ -27,6 +27,8 @@ class Measured(Record):
 
 
 Planned = Literal["fits", "does_not_load", "engine_refused", "refused", "failed"]
+# Verdicts of a plan that promises a failure.
+DOES_NOT_FIT: tuple[Planned, ...] = ("does_not_load", "engine_refused")
 Outcome = Literal["running", "fits", "out_of_hbm", "refused", "failed", "interrupted", "lost"]
 
 

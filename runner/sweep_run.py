@@ -1,5 +1,6 @@
 """Run a sweep's cells one after the other, each once, and no more of them than needed."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,9 @@ from runner.monotone import told
 from runner.provenance import checkout
 from runner.run_row import outcome_of
 from runner.sweep import CellDir, ResultRecord, SweepDir
-from runner.sweep_file import SweepError
-from runner.sweep_plan import DOES_NOT_FIT, Open, order_of, planned_of
-from runner.sweep_row import Outcome
+from runner.sweep_file import SweepError, check_sets
+from runner.sweep_plan import Open, order_of, planned_of
+from runner.sweep_row import DOES_NOT_FIT, Outcome
 from runner.watch import Interrupts, Say
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Asked:
         where: auto, process or docker.
         sets: key=value each, for this host alone.
         only: cells to run, whatever others tell of them; none: all.
-        again: cells whose results are forgotten first.
+        again: cells to run although they have run, whatever others tell of them; beside `only`,
+            those too.
         share: of the cells; None: all.
         run_anyway: cells, too, that are planned not to fit.
         every_cell: cells, too, of which others tell.
@@ -94,13 +96,36 @@ def selected(sweep: SweepDir, asked: Asked) -> list[str]:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise SweepError(f"no cell {name!r} in {sweep.record.name}; its cells: {shown}")
     if asked.only:
-        names = [name for name in names if name in asked.only]
+        names = [name for name in names if name in (*asked.only, *asked.again)]
     if asked.share is None:
         return names
     if not 1 <= asked.share.number <= asked.share.of:
         raise SweepError(f"--share {asked.share.number}/{asked.share.of} is none: the first is 1/N")
     mine = set(share_of(sweep, asked.share))
     return [name for name in names if name in mine]
+
+
+def check(sweep: SweepDir, asked: Asked) -> list[str]:
+    """What can be told before anything is planned or run; see `selected`.
+
+    Raises:
+        SweepError: there is no such cell or share; a value of `sets` is one that no job takes.
+        launch.HostNotFit: this machine cannot run the first cell that is to run.
+    """
+    names, cells = selected(sweep, asked), sweep.cells
+    if names and asked.sets:
+        check_sets(cells[names[0]].tree(), asked.sets)
+    planned = planned_of(sweep)
+    for name in names:
+        verdict, _ = planned.get(name, (None, None))
+        found = cells[name].result()
+        has_run = found is not None and found.outcome is not None and name not in asked.again
+        if has_run or (verdict in DOES_NOT_FIT and not asked.run_anyway):
+            continue
+        with contextlib.suppress(JobError):  # the cell's row will tell
+            launch.place(asked.where, cells[name].load([*sweep.record.run_set, *asked.sets]))
+            break
+    return names
 
 
 def share_of(sweep: SweepDir, share: Share) -> Iterator[str]:
@@ -118,7 +143,13 @@ def share_of(sweep: SweepDir, share: Share) -> Iterator[str]:
 
 
 def run(
-    sweep: SweepDir, asked: Asked, *, say: Say, trainer: Sequence[str], interrupts: Interrupts
+    sweep: SweepDir,
+    asked: Asked,
+    *,
+    say: Say,
+    trainer: Sequence[str],
+    interrupts: Interrupts,
+    chips_lock: Path,
 ) -> list[str]:
     """Run what has no result yet; the cells that still have none.
 
@@ -128,25 +159,27 @@ def run(
         say: is told a line for each cell.
         trainer: the program of the process way.
         interrupts: entered; a signal stops the job that runs.
+        chips_lock: says who has the chips of this host.
 
     Raises:
         StoppedError: a signal came.
         SweepError: see `selected`; a run of another host has not ended.
         launch.HostNotFit: this machine can run none of them.
     """
-    sweeping = _Sweeping(sweep, asked, say, trainer, interrupts)
+    sweeping = _Sweeping(sweep, asked, say, trainer, interrupts, chips_lock)
     cells, names = sweep.cells, selected(sweep, asked)
-    for name in names:
-        found = cells[name].result()
-        if name in asked.again or (found is not None and found.outcome is None):
-            cells[name].drop_result()
+    wanted = set(names)
+    again = wanted.intersection(asked.again)
     # What one cell tells of others is not for those that were named.
-    open_ = Open(sweep, every_cell=asked.every_cell or bool(asked.only))
+    open_ = Open(sweep, every_cell=asked.every_cell or bool(asked.only), alone=again)
     for name, cell in cells.items():
-        outcome = sweeping.before(cell, wanted=name in names)
-        if outcome is not None:
+        outcome = sweeping.before(cell, wanted=name in wanted)
+        if outcome is not None and name not in again:
             open_.answer(name, _answer_of(outcome))
-    open_.left &= set(names) - set(sweeping.not_to_run(names))
+    to_run = wanted.difference(sweeping.not_to_run(names))
+    for name in again & to_run:
+        cells[name].drop_result()
+    open_.left &= to_run
     while (name := open_.next()) is not None:
         open_.answer(name, _answer_of(sweeping.run(cells[name])))
         say(f"{len(names) - len(open_.left)}/{len(names)} {name}: {told_of(cells[name])}")
@@ -172,11 +205,16 @@ class _Sweeping:
     say: Say
     trainer: Sequence[str]
     interrupts: Interrupts
+    chips_lock: Path
 
     def before(self, cell: CellDir, *, wanted: bool) -> Outcome | None:
         """The outcome that a cell has already. A run that still goes on is waited for."""
         found, newest = cell.result(), cell.newest()
-        if found is not None or newest is None or cell.name in self.asked.again:
+        if wanted and found is not None and found.outcome is None:  # it was skipped, then
+            cell.drop_result()
+            found = None
+        again = wanted and cell.name in self.asked.again
+        if newest is None or (found is not None and not again):
             return found.outcome if found else None
         try:
             outcome = self._keep(cell, newest, self._ended(cell, newest))
@@ -192,7 +230,8 @@ class _Sweeping:
         for name in names:
             verdict, _ = planned.get(name, (None, None))
             known = cells[name].result()
-            if known is not None and known.outcome is not None:
+            has_run = known is not None and known.outcome is not None
+            if has_run and name not in self.asked.again:
                 continue
             if verdict in DOES_NOT_FIT and not self.asked.run_anyway:
                 self._skip(cells[name], PLANNED_NOT_TO_FIT)
@@ -234,6 +273,7 @@ class _Sweeping:
                 say=self.say,
                 trainer=self.trainer,
                 interrupts=interrupts,
+                chips_lock=self.chips_lock,
             )
         self.interrupts.numbers[:] = [*self.interrupts.numbers, *interrupts.numbers]
         return self._keep(cell, made, manifest)
@@ -255,14 +295,16 @@ class _Sweeping:
         along = ", ".join(self.sweep.record.monotone)
         for grid in order_of(self.sweep):
             for name, by in told(grid, answers).items():
-                if name in names and cells[name].result() is None:
+                if name not in self.asked.again and name in names and name not in results:
                     what = "ran" if by.fits else "ran out of HBM"
                     why = f"cell {by.by} {what}, and memory grows along {along}"
                     self._skip(cells[name], why)
 
     def _skip(self, cell: CellDir, why: str) -> None:
-        if (known := cell.result()) is None or known.skipped != why:
+        known = cell.result()
+        if known is None or known.skipped != why:
             self.say(f"{cell.name}: not run: {why}")
+        if known is None or known.outcome is None:
             cell.put_result(ResultRecord(run_sha256=cell.run_sha256, skipped=why))
 
     def _keep(self, cell: CellDir, made: "RunDir", manifest: Manifest) -> Outcome:

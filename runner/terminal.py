@@ -4,7 +4,6 @@
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -30,19 +29,25 @@ class World:
         trainer: the program of the process way; None: the trainer beside this runner.
         pause: waits so many seconds before a run is tried again.
         chips_lock: says who has the chips; None: the host's own.
-        sweep_lock: held by the one sweep that runs on this machine.
+        sweep_lock: held by the one sweep that runs on this machine; None: the host's own.
     """
 
     trainer: tuple[str, ...] | None = None
     pause: Callable[[float], None] = time.sleep
     chips_lock: Path | None = None
-    sweep_lock: Path = Path(tempfile.gettempdir()) / "headroom_sweep_lockfile"
+    sweep_lock: Path | None = None
 
     def lock(self) -> Path:
         """Says who has the chips of this host."""
         from runner.chips import LOCK
 
         return LOCK if self.chips_lock is None else self.chips_lock
+
+    def lock_of_sweeps(self) -> Path:
+        """Held by the one sweep that runs on this host."""
+        from runner.chips import LOCK
+
+        return LOCK.with_name("headroom-sweep.lock") if self.sweep_lock is None else self.sweep_lock
 
     def program(self) -> tuple[str, ...]:
         """The program of the process way."""

@@ -96,6 +96,15 @@ def test_cells_that_differ_otherwise_tell_nothing_of_each_other():
     assert told(a, {"a2": False}) == {}
 
 
+def test_a_grid_whose_last_open_cell_is_busy_waits_though_another_grid_has_open_cells():
+    places = {"named": {}} | {str(n): {"n": n} for n in range(3)}
+    alone, line = grids(places, ["n"])
+    open_ = set(places)
+    assert ask_next(alone, open_) == "named"
+    assert ask_next(alone, open_, ["named"]) is None
+    assert ask_next(line, open_) == "1"
+
+
 def test_answers_that_contradict_the_growth_are_told():
     [grid] = grids(places_of([3]), ["axis0"])
     assert contradictions(grid, {"(0,)": False, "(2,)": True}) == [("(0,)", "(2,)")]

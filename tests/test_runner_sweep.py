@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -15,7 +16,10 @@ import pytest
 from click.testing import CliRunner
 from fakes import headroom, trainer, write_job
 
+from runner import chips
 from runner.cli import main
+from runner.sweep_file import SweepError
+from runner.sweep_lock import held
 from runner.sweep_row import Sweep
 from runner.terminal import World
 
@@ -76,7 +80,11 @@ class Site:
         return path
 
     def world(self) -> World:
-        return World(trainer=trainer(STAND_IN), sweep_lock=self.folder / "chips")
+        return World(
+            trainer=trainer(STAND_IN),
+            sweep_lock=self.folder / "sweeps",
+            chips_lock=self.folder / "chips",
+        )
 
     def call(self, command, target, *more, out=True):
         argv = ["sweep", command, target, *(("--out", self.dir) if out else ()), *more]
@@ -88,7 +96,7 @@ class Site:
         program = headroom(STAND_IN, "sweep", command, target, *more)
         program[2] = program[2].replace(
             "World(",
-            f"World(sweep_lock=__import__('pathlib').Path({str(self.folder / 'chips')!r}), ",
+            f"World(sweep_lock=__import__('pathlib').Path({str(self.folder / 'sweeps')!r}), ",
         )
         return subprocess.Popen(
             program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder
@@ -149,6 +157,19 @@ def test_a_planned_matrix_has_every_verdict_and_few_plans(site):
     every = site.call("plan", site.dir, "--every-cell", "--parallel", "3", out=False)
     assert sorted(site.asked("plan")) == sorted(rows)
     assert every.exit_code == 0
+
+
+def test_named_cells_and_a_matrix_are_planned_several_at_once(site):
+    text = f"cells: {{a: {{}}, b: {{set: {{rollout.prompts_per_step: 64}}}}}}\n{AXES}"
+    done = site.call("plan", site.write(text), "--parallel", "3")
+    assert done.exit_code == 0, done.output
+    rows = site.rows()
+    assert len(rows) == 18
+    for row in rows.values():
+        prompts = row.settings.get("rollout.prompts_per_step", 4)
+        tokens = row.settings.get("rollout.max_completion_tokens", 8)
+        assert row.planned == ("fits" if prompts * tokens <= 64 else "does_not_load")
+    assert len(site.asked("plan")) == len(set(site.asked("plan"))) < 18
 
 
 def test_a_sweep_of_which_nothing_fits_ends_with_3_and_one_whose_planner_breaks_with_5(site):
@@ -302,9 +323,11 @@ def test_a_folder_with_other_things_is_not_taken(site):
 def test_a_mistake_of_the_machine_ends_the_sweep_and_is_no_result(site, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     argv = ["sweep", "run", site.write("cells: {a: {}, b: {}}"), "--out", site.dir]
-    argv += ["--where", "docker", "--no-plan"]
+    argv += ["--where", "docker"]
     done = CliRunner().invoke(main, [str(a) for a in argv], obj=site.world())
     assert done.exit_code == 1
+    # It is told before the hours that planning may take.
+    assert site.asked("plan") == []
     assert done.stderr.count("Error: --where docker") == 1
     assert {row.outcome for row in site.rows().values()} == {None}
 
@@ -361,9 +384,8 @@ def test_a_run_that_outlived_its_sweep_is_waited_for_and_not_run_again(site):
     locked = site.call("run", site.dir, out=False)
     assert locked.exit_code == 1
     assert f"process {sweep.pid} is at work on this sweep already" in locked.stderr
-    other = site.call(
-        "run", site.folder / "s.yaml", "--out", site.folder / "two", "--no-plan", out=False
-    )
+    other = site.call("run", site.folder / "s.yaml", "--out", site.folder / "two", out=False)
+    assert site.asked("plan") == []
     assert other.exit_code == 1
     assert f"process {sweep.pid} runs a sweep on this machine already" in other.stderr
     assert site.rows()["waits"].outcome == "running"
@@ -381,6 +403,172 @@ def test_a_run_that_outlived_its_sweep_is_waited_for_and_not_run_again(site):
     assert again.returncode == 0, said
     assert site.asked("train") == ["waits", "last"]
     assert [row.outcome for row in site.rows().values()] == ["fits", "fits"]
+
+
+def test_a_cell_that_is_run_again_is_run_whatever_its_neighbours_tell(site):
+    text = "matrix: {rollout.prompts_per_step: [4, 8]}\nmonotone: [rollout.prompts_per_step]\n"
+    low, high = "prompts_per_step-4", "prompts_per_step-8"
+    site.call("run", site.write(text), "--every-cell")
+    done = site.call("run", site.dir, "--again", low, out=False)
+    assert done.exit_code == 0, done.output
+    assert site.asked("train") == [low, high, low]
+    result = json.loads((site.dir / "cells" / low / "result.json").read_text())
+    assert (result["outcome"], result["skipped"]) == ("fits", None)
+
+
+def test_cells_to_run_again_are_run_beside_those_that_are_named(site):
+    site.call("run", site.write("cells: {a: {}, b: {}, c: {}}"), "--only", "a")
+    assert site.call("run", site.dir, "--again", "a", "--only", "b", out=False).exit_code == 0
+    assert site.asked("train") == ["a", "a", "b"]
+
+
+def test_a_result_is_not_forgotten_for_a_run_that_is_not_done(site):
+    site.call("run", site.write("cells: {big: {set: {rollout.prompts_per_step: 32}}}"), "--no-plan")
+    before = (site.dir / "cells/big/result.json").read_text()
+    assert json.loads(before)["outcome"] == "out_of_hbm"
+    done = site.call("run", site.dir, "--again", "big", out=False)
+    assert "big: not run: planned not to fit" in done.stderr
+    assert site.asked("train") == ["big"]
+    assert (site.dir / "cells/big/result.json").read_text() == before
+
+
+def test_a_cell_that_still_runs_is_run_again_only_when_it_has_ended(site):
+    site.write("cells: {waits: {}}")
+    sweep = site.start("run", "s.yaml", "--out", "out", "--where", "process", "--no-plan")
+    site.until("up")
+    sweep.kill()
+    sweep.communicate()
+    more = ("--where", "process", "--no-plan", "--again", "waits")
+    again = site.start("run", site.dir, *more)
+    for line in again.stderr:
+        if "is waited for" in line:
+            break
+    assert site.asked("train") == ["waits"]
+    (site.folder / "go").touch()
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 0, said
+    assert site.asked("train") == ["waits", "waits"]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("stepz=3", "Error: --set stepz=3: unknown key 'stepz'; did you mean 'steps'?"),
+        ("steps=x", "Error: --set steps=x: steps = x is not a whole number"),
+        ("steps", "Error: --set steps: is not of the form key.path=value"),
+    ],
+)
+def test_a_mistyped_value_to_run_with_is_refused_before_anything_is_planned(site, value, says):
+    done = site.call("run", site.write("cells: {a: {}, b: {}}"), "--set", value)
+    assert done.exit_code == 1
+    assert says in done.stderr
+    assert site.asked("plan") == []
+    assert not list(site.dir.glob("cells/*/result.json"))
+
+
+def test_only_the_cells_that_are_to_run_are_planned(site):
+    site.call("run", site.write("cells: {a: {}, b: {}, c: {}, d: {}}"), "--only", "b")
+    assert site.asked("plan") == ["b"]
+    site.call("run", site.dir, "--share", "2/2", out=False)
+    assert site.asked("plan") == ["b", "d"]
+
+
+def test_a_plan_of_jobs_that_are_all_refused_ends_with_3(site):
+    target = site.write("cells: {odd: {set: {train.micro_batch_size: 5}}, unknown: {}}")
+    assert site.call("plan", target).exit_code == 3
+    # A CPU's job has no plan, and is none that does not fit.
+    text = target.read_text().replace("plan_for: v4-8\n", "")
+    target.write_text(text)
+    assert site.call("plan", target).exit_code == 0
+    assert site.rows()["odd"].planned == "refused"
+
+
+def test_a_sweep_json_that_cannot_be_read_is_made_anew_and_what_the_cells_have_is_kept(site):
+    site.call("run", site.write("cells: {a: {}, b: {}}"))
+    (site.dir / "sweep.json").write_text('{"name": "s", "of": "another version"}')
+    assert site.call("report", site.dir, out=False).exit_code == 1
+    done = site.call("expand", site.write("cells: {a: {}, b: {set: {seed: 7}}}"))
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines() == [
+        f"headroom: {site.dir}/sweep.json cannot be read, or is another version's: it is made anew",
+        "headroom: b: its job has changed, its plan is dropped",
+        "headroom: b: its job has changed, its runs are now in earlier-1",
+    ]
+    rows = site.rows()
+    assert (rows["a"].planned, rows["a"].outcome) == ("fits", "fits")
+    assert (rows["b"].planned, rows["b"].outcome) == (None, None)
+
+
+def test_a_changed_cell_with_a_broken_run_is_refused_in_a_line(site):
+    site.call("run", site.write("cells: {a: {}}"))
+    [manifest] = site.dir.glob("cells/a/runs/*/manifest.json")
+    manifest.write_text("{")
+    done = site.call("expand", site.write("cells: {a: {set: {seed: 7}}}"))
+    assert done.exit_code == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("Error: cell a is another job now, and whether ")
+    assert f"move {manifest.parent} away" in line
+
+
+@pytest.mark.parametrize("limit", ["-1", "0"])
+def test_a_limit_is_above_zero(site, limit):
+    assert site.call("plan", site.write("cells: {a: {}}"), "--limit", limit).exit_code == 2
+
+
+def test_a_page_without_matplotlib_is_refused_in_a_line(site):
+    assert site.call("plan", site.write("cells: {a: {}}")).exit_code == 0
+    page = site.folder / "page.html"
+    program = headroom(STAND_IN, "sweep", "report", site.dir, "--html", page)
+    program[2] = f"import sys; sys.modules['matplotlib'] = None\n{program[2]}"
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "matplotlib" in line
+    assert not page.exists()
+
+
+def test_a_csv_file_is_replaced_whole(site):
+    site.call("expand", site.write("cells: {a: {}}"))
+    file, other = site.folder / "table.csv", site.folder / "other.csv"
+    file.write_text("old\n")
+    os.link(file, other)
+    assert site.call("report", site.dir, "--csv", file, out=False).exit_code == 0
+    assert file.read_text().startswith("cell,planned,")
+    assert other.read_text() == "old\n"
+
+
+def test_a_job_with_chips_takes_the_chips_lock_that_was_handed_in(site):
+    target = site.write("cells: {a: {set: {accelerator: v4-8}}}")
+    assert site.call("run", target, "--no-plan").exit_code == 0
+    record = json.loads((site.folder / "chips").read_text())
+    assert record["run_dir"].startswith(f"{site.dir}/cells/a/runs/")
+
+
+def test_the_lock_of_a_machine_is_every_users_and_names_no_process_that_has_ended(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert World().lock_of_sweeps() == chips.LOCK.with_name("headroom-sweep.lock")
+    lock = tmp_path / "lock"
+    before = os.umask(0o077)
+    try:
+        with (
+            held(lock, "runs"),
+            pytest.raises(SweepError, match=rf"process {os.getpid()} runs"),
+            held(lock, "runs"),
+        ):
+            pass
+    finally:
+        os.umask(before)
+    assert lock.stat().st_mode & 0o777 == 0o666
+    # One that has just come, and has not written who it is over who was there before.
+    record = json.loads(lock.read_text()) | {"ticks": 1}
+    lock.write_text(json.dumps(record))
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SweepError, match="another process runs"), held(lock, "runs"):
+            pass
 
 
 def test_planning_that_is_stopped_keeps_what_it_has(site):

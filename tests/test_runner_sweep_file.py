@@ -107,6 +107,13 @@ def test_a_cell_has_a_base_of_its_own_and_one_without_hbm_alone_is_planned_for_a
             f"steps: [{', '.join(map(str, range(100)))}]}}",
             "10100 cells (0 named, matrix 101 (seed) x 100 (steps)): 10000 at most",
         ),
+        # What is too much is not looked at further.
+        (
+            f"{HEAD}matrix: {{seed: [{', '.join(['1'] * 10_001)}]}}",
+            "10001 cells (0 named, matrix 10001 (seed)): 10000 at most",
+        ),
+        (f"{HEAD}matrix: {{name: [a, b]}}", "matrix: name is the cell's own"),
+        (f"{HEAD}cells: {{a: {{set: {{name: b}}}}}}", "cells.a.set: name is the cell's own"),
         (f"{HEAD}matrix: {{seed: [1]}}\nexclude: [{{sed: 1}}]", "exclude: 'sed' is no axis"),
         (f"{HEAD}matrix: {{seed: [1]}}\nexclude: [{{seed: 2}}]", 'exclude: {"seed": 2} matches no'),
         (f"{HEAD}matrix: {{seed: [1]}}\nexclude: [{{}}]", "exclude: {} is every cell"),
@@ -129,6 +136,11 @@ def test_a_bad_sweep_says_what_is_wrong_on_one_line(tmp_path, text, says):
     [line] = refused(tmp_path, text)
     assert says in line
     assert line.startswith("s.yaml: ")
+
+
+def test_a_sweep_file_that_is_not_there_is_no_job_that_is_not_there(tmp_path):
+    with pytest.raises(SweepError, match=r"no\.yaml: there is no such file$"):
+        expand(tmp_path / "no.yaml")
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
