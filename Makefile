@@ -1,7 +1,6 @@
 # Each target is a command that a person could type; docker/setup_venv.sh does the set-up they share.
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke sweep sweep-demo test drill test-deploy check audit format image deploy logs lock schema \
-	plan-table clean
+.PHONY: help setup smoke sweep sweep-demo test drill test-deploy check audit format image deploy logs lock schema plan-table clean
 
 PYTHON :=
 JOB := jobs/smoke.yaml

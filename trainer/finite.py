@@ -80,7 +80,9 @@ def contents(
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-_is_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+# One program for all arrays: many at once, each with its own all-reduce, can wait for each other
+# for ever on the CPU's few threads.
+_are_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def not_finite(state: Any) -> str | None:
@@ -91,11 +93,11 @@ def not_finite(state: Any) -> str | None:
     would cost what they were moved away for.
     """
     leaves = [
-        (path, _is_finite(leaf))
+        (path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not _on_host(leaf)
     ]
-    finite = jax.device_get([found for _, found in leaves])
+    finite = np.asarray(_are_finite([leaf for _, leaf in leaves])) if leaves else []
     bad = [path for (path, _), one in zip(leaves, finite, strict=True) if not one]
     return jax.tree_util.keystr(bad[0], simple=True, separator=".") if bad else None
 
