@@ -69,6 +69,7 @@ def test_the_values_are_those_of_the_names_that_the_job_has(tmp_path):
     assert not redactor_of(tmp_path / "none.json", {})
     told = redactor_of(tmp_path / "none.json", {"https_proxy": "http://me:pass_word@host:1"})
     assert told.whole(b"me:pass_word@") == b"me:*********@"
+    assert not redactor_of(tmp_path / "none.json", {"http_proxy": "http://["})
     job.write_text("[]")
     assert not redactor_of(job, {})
 

@@ -101,8 +101,11 @@ def redactor_of(job_file: Path, environment: Mapping[str, str]) -> Redactor:
 
     It reads the one key by itself: whatever else is wrong with the file is told by who loads it.
     """
-    proxies = (urlsplit(v) for k, v in environment.items() if k.lower().endswith("_proxy"))
-    values = [proxy.password for proxy in proxies if proxy.password]
+    values: list[str] = []
+    for name, value in environment.items():
+        if name.lower().endswith("_proxy"):
+            with contextlib.suppress(ValueError):  # no URL: whoever uses it will say so
+                values.append(urlsplit(value).password or "")
     try:
         names = json.loads(job_file.read_bytes())["container"]["pass_env"]
         values += [environment[name] for name in names if name in environment]
